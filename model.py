@@ -1,0 +1,312 @@
+"""Encoders, decoders and likelihoods; the autoencoder, the variational autoencoder and the conditional one.
+
+Outside a model an image is integer levels (uint8, 0 … levels - 1); inside, the network's input is normalised to
+[-1, 1]; mean images come out in [0, 1]. Every loss is a sum over pixels or latent dimensions, in nats an image (for
+mse: squared error on the scale [-1, 1]), so that beta means the same at any image size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import KLD, elbo_to_bpd, sample_reparameterize
+
+DEFAULT_LOSS = {2: "bce", 16: "categorical", 256: "mse"}  # by levels
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Networks: no batch normalisation and no dropout, which would make a step depend on more than its own images.
+
+class MLPEncoder(nn.Module):
+    """Normalised images [B, C, H, W] → [B, outputs]."""
+
+    def __init__(self, shape, outputs, hidden_dims=(512,)):
+        super().__init__()
+        widths = [math.prod(shape), *hidden_dims]
+        layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], outputs))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class MLPDecoder(nn.Module):
+    """z [B, latent_size] → the likelihood's parameters [B, channels, H, W]; the encoder's widths in reverse."""
+
+    def __init__(self, shape, channels, latent_size, hidden_dims=(512,)):
+        super().__init__()
+        self.shape = (channels, *shape[1:])
+        widths = [latent_size, *reversed(hidden_dims)]
+        layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], math.prod(self.shape)))
+
+    def forward(self, z):
+        return self.net(z).view(-1, *self.shape)
+
+
+def pyramid(shape, num_filters):
+    """Sizes and widths of a CNN's levels: halved (rounding up) until neither side is above 8, at least once.
+
+    The first level has num_filters channels, the second four times as many, so that they hold as many activations;
+    from the third on it is eight times. → [(H, W), (⌈H/2⌉, ⌈W/2⌉), …], [channels of the first halving, …]
+    """
+    sizes = [tuple(shape[1:])]
+    while len(sizes) == 1 or max(sizes[-1]) > 8:
+        sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
+    return sizes, [num_filters * min(4 ** level, 8) for level in range(len(sizes) - 1)]
+
+
+class CNNEncoder(nn.Module):
+    """Normalised images [B, C, H, W] → [B, outputs]; a 3×3 convolution of stride 2 a level."""
+
+    def __init__(self, shape, outputs, num_filters=8):
+        super().__init__()
+        sizes, widths = pyramid(shape, num_filters)
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip([shape[0], *widths], widths))
+        self.out = nn.Linear(widths[-1] * math.prod(sizes[-1]), outputs)
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return self.out(x.permute(0, 2, 3, 1).flatten(1))  # channels last, as they lie in memory: no copy
+
+
+class CNNDecoder(nn.Module):
+    """z [B, latent_size] → the likelihood's parameters [B, channels, H, W].
+
+    At each level a 3×3 convolution, then twice the size: nearest neighbours inside, and at the end a pixel shuffle
+    (Shi et al. 2016), whose convolution runs at half the size and so costs a quarter.
+    """
+
+    def __init__(self, shape, channels, latent_size, num_filters=8):
+        super().__init__()
+        sizes, widths = pyramid(shape, num_filters)
+        self.sizes, self.widths = sizes[::-1], widths[::-1]
+        self.stem = nn.Linear(latent_size, self.widths[0] * math.prod(self.sizes[0]))
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(self.widths, self.widths[1:]))
+        self.out = nn.Conv2d(self.widths[-1], 4 * channels, 3, padding=1)
+
+    def forward(self, z):
+        x = F.relu(self.stem(z)).view(-1, *self.sizes[0], self.widths[0]).permute(0, 3, 1, 2)
+        for conv, size in zip(self.convs, self.sizes[1:]):
+            x = F.interpolate(F.relu(conv(x)), size)
+        height, width = self.sizes[-1]
+        return F.pixel_shuffle(self.out(x), 2)[..., :height, :width]  # an odd side came out one pixel too long
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Models
+
+class AE(nn.Module):
+    """An autoencoder. With it, the likelihood of an image given z, which the other models share.
+
+    shape: (C, H, W), any from 8×8 up; levels: how many values a pixel has
+    recon_loss: mse, bce (Bernoulli, with soft targets where levels > 2), categorical (a softmax over the levels), or
+        None for the one that fits the levels
+    num_classes: for ConditionalVAE
+    """
+
+    codes = 1  # numbers that the encoder gives for each latent dimension: z
+    prior_name = "a Gaussian fitted to the training images' latents (an AE has no prior)"
+
+    def __init__(self, shape, levels=256, model="cnn", latent_size=32, hidden_dims=(512,), num_filters=8,
+                 recon_loss=None, num_classes=0):
+        super().__init__()
+        self.shape, self.levels, self.latent_size = tuple(shape), levels, latent_size
+        self.recon_loss = recon_loss or DEFAULT_LOSS[levels]
+        channels = shape[0] * (levels if self.recon_loss == "categorical" else 1)
+        seen = (shape[0] + bool(num_classes), *shape[1:])
+        outputs, inputs = self.codes * latent_size, latent_size + num_classes
+        if model == "mlp":
+            self.encoder = MLPEncoder(seen, outputs, hidden_dims)
+            self.decoder = MLPDecoder(shape, channels, inputs, hidden_dims)
+        else:
+            self.encoder = CNNEncoder(seen, outputs, num_filters)
+            self.decoder = CNNDecoder(shape, channels, inputs, num_filters)
+            self.to(memory_format=torch.channels_last)
+        if self.codes == 1:  # no prior: the Gaussian that fit_prior finds
+            self.register_buffer("prior_mean", torch.zeros(latent_size))
+            self.register_buffer("prior_scale", torch.eye(latent_size))
+
+    # ---- images → z
+
+    def normalize(self, images):
+        """Integer levels → [-1, 1]."""
+        return images.to(next(self.parameters()).dtype) * (2 / (self.levels - 1)) - 1
+
+    def encode(self, images, labels=None):
+        """Integer levels [B, C, H, W] → z [B, D]."""
+        return self.encoder(self.normalize(images))
+
+    embed = encode  # the one z that stands for an image
+
+    # ---- z → images
+
+    def decode(self, z, labels=None):
+        """z [B, D] → the likelihood's parameters [B, K·C, H, W], K-major."""
+        return self.decoder(z)
+
+    def reconstruction_loss(self, params, images):
+        """-log p(x|z) of each image in nats (for mse the squared error on the scale [-1, 1]), summed over pixels.
+
+        params: [B, K·C, H, W]; images: integer levels [B, C, H, W] → [B]
+        """
+        if self.recon_loss == "mse":
+            loss = (params - self.normalize(images)) ** 2
+        elif self.recon_loss == "bce":
+            targets = images.to(params.dtype) / (self.levels - 1)
+            loss = F.binary_cross_entropy_with_logits(params, targets, reduction="none")
+        else:
+            loss = F.cross_entropy(self.by_level(params), images.long(), reduction="none")
+        return loss.flatten(1).sum(1)
+
+    def by_level(self, params):
+        """[B, K·C, H, W] → [B, K, C, H, W]."""
+        return params.view(-1, self.levels, *self.shape)
+
+    @property
+    def is_likelihood(self):
+        """Whether the reconstruction loss is a likelihood of discrete pixels, so that bits/dim mean something."""
+        return self.recon_loss == "categorical" or (self.recon_loss == "bce" and self.levels == 2)
+
+    def mean_image(self, params):
+        """The expected pixels in [0, 1], [B, C, H, W]."""
+        if self.recon_loss == "mse":
+            return ((params + 1) / 2).clamp(0, 1)
+        if self.recon_loss == "bce":
+            return params.sigmoid()
+        levels = torch.linspace(0, 1, self.levels, dtype=params.dtype, device=params.device)
+        return torch.einsum("bkchw,k->bchw", self.by_level(params).softmax(1), levels)
+
+    def draw(self, params, generator=None):
+        """Integer levels drawn from the likelihood, uint8 [B, C, H, W]; where it is none, the mean's nearest levels."""
+        if not self.is_likelihood:
+            return (self.mean_image(params) * (self.levels - 1)).round().byte()
+        uniform = torch.rand(len(params), 1, *self.shape, generator=generator).to(params.device)
+        if self.recon_loss == "bce":
+            return (uniform[:, 0] < params.sigmoid()).byte()
+        below = self.by_level(params).softmax(1).cumsum(1)[:, :-1]  # inverse of the cumulative distribution
+        return (uniform > below).sum(1).byte()
+
+    def reconstruct(self, images, labels=None):
+        """Integer levels → mean images in [0, 1] of the one z that stands for each image."""
+        return self.mean_image(self.decode(self.embed(images, labels), labels))
+
+    # ---- sampling
+
+    def prior(self, n, temperature=1.0, generator=None):
+        """z [n, D] from the prior (of an AE: the fitted Gaussian), its standard deviation times `temperature`."""
+        noise = torch.randn(n, self.latent_size, generator=generator)
+        return self.to_prior(temperature * noise.to(next(self.parameters())))
+
+    def to_prior(self, noise):
+        """N(0, I) → the prior, [n, D] → [n, D]."""
+        return self.prior_mean + noise @ self.prior_scale.T
+
+    @torch.no_grad()
+    def fit_prior(self, batches):
+        """Fit a Gaussian to the z of images, so that an AE can be sampled from; batches of integer levels."""
+        codes = torch.cat([self.embed(images).cpu().double() for images in batches])
+        covariance = codes.T.cov(correction=0).reshape(self.latent_size, self.latent_size)
+        ridge = 1e-6 * covariance.diagonal().mean() + 1e-12  # unused dimensions have no variance
+        self.prior_mean.copy_(codes.mean(0))
+        self.prior_scale.copy_(torch.linalg.cholesky(covariance + ridge * torch.eye(self.latent_size)))
+
+    @torch.no_grad()
+    def sample(self, n, labels=None, temperature=1.0, generator=None):
+        """n images from the prior, of the classes `labels` [n] where the model is conditional.
+
+        generator: a CPU torch.Generator, for the same images again
+        → (x_samples: integer levels uint8 [n, C, H, W]; x_mean: mean images in [0, 1], [n, C, H, W])
+        """
+        params = self.decode(self.prior(n, temperature, generator), labels)
+        return self.draw(params, generator), self.mean_image(params)
+
+    # ---- the objective
+
+    def forward(self, images, labels=None, noise=None):
+        """images: integer levels [B, C, H, W]; labels: [B]; noise ~ N(0, I): [B, D]
+
+        → (L_rec, L_reg, bpd), each a mean over the batch of sums over pixels or latent dimensions. L_rec, L_reg: nats
+        an image; bpd: bits/dim of the negative ELBO at beta = 1, None where the loss is no likelihood of discrete
+        pixels. An AE has no L_reg (it is 0), no bpd, and no use for noise.
+        """
+        rec = self.reconstruction_loss(self.decode(self.encode(images, labels), labels), images)
+        return rec.mean(), rec.new_zeros(()), None
+
+
+class VAE(AE):
+    """A variational autoencoder with a Gaussian posterior and the prior N(0, I) (Kingma & Welling 2014).
+
+    free_bits: the nats below which an image's KL in a latent dimension is not pushed any further (Kingma et al. 2016,
+        here for each image)
+    """
+
+    codes = 2  # mean and log_std
+    prior_name = "the prior"
+
+    def __init__(self, *args, free_bits=0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.free_bits = free_bits
+
+    def encode(self, images, labels=None):
+        """Integer levels [B, C, H, W] → mean, log_std of q(z|x), each [B, D]."""
+        mean, log_std = self.encoder(self.encoder_input(images, labels)).chunk(2, dim=1)
+        # exp(2 log_std) is infinite in float32 from 44.4 on; no posterior that is of use comes near ±20.
+        return mean, log_std.clamp(-20, 20)
+
+    def encoder_input(self, images, labels):
+        return self.normalize(images)
+
+    def embed(self, images, labels=None):
+        return self.encode(images, labels)[0]
+
+    def to_prior(self, noise):
+        return noise
+
+    def forward(self, images, labels=None, noise=None):
+        mean, log_std = self.encode(images, labels)
+        z = sample_reparameterize(mean, log_std.exp(), noise)
+        rec = self.reconstruction_loss(self.decode(z, labels), images)  # [B]
+        kl = KLD(mean[..., None], log_std[..., None])                   # [B, D], a row each: KL by dimension
+        if self.free_bits:
+            # max(kl, free_bits) has the gradient of kl above free_bits and none below; so has this, and its value
+            # stays the true KL.
+            kl = torch.where(kl < self.free_bits, kl.detach(), kl)
+        kl = kl.sum(1)
+        bpd = elbo_to_bpd(rec + kl, images.shape).mean() if self.is_likelihood else None
+        return rec.mean(), kl.mean(), bpd
+
+
+class ConditionalVAE(VAE):
+    """A VAE given the class (Sohn et al. 2015): the encoder sees it as one more channel, an image learned for each
+    class; the decoder as one-hot numbers beside z. It needs labels [B] wherever they are an argument."""
+
+    def __init__(self, *args, num_classes, **kwargs):
+        super().__init__(*args, num_classes=num_classes, **kwargs)
+        self.num_classes = num_classes
+        self.class_image = nn.Embedding(num_classes, math.prod(self.shape[1:]))
+
+    def encoder_input(self, images, labels):
+        planes = self.class_image(labels).view(-1, 1, *self.shape[1:])
+        return torch.cat([self.normalize(images), planes], dim=1)
+
+    def decode(self, z, labels=None):
+        return self.decoder(torch.cat([z, F.one_hot(labels, self.num_classes).to(z)], dim=1))
+
+
+def build(args, data):
+    """The model that the arguments ask for.
+
+    args: train.py's arguments as a dictionary; data: a dictionary with shape, levels and classes. A checkpoint keeps
+    both, so that the same model can be built again.
+    """
+    common = {name: args[name] for name in ("model", "latent_size", "hidden_dims", "num_filters", "recon_loss")}
+    common |= {"shape": data["shape"], "levels": data["levels"]}
+    if args["loss_mode"] == "ae":
+        return AE(**common)
+    if args["conditional"]:
+        return ConditionalVAE(**common, free_bits=args["free_bits"], num_classes=len(data["classes"]))
+    return VAE(**common, free_bits=args["free_bits"])

@@ -1,0 +1,331 @@
+"""Train an AE, a VAE or a conditional VAE on small images: python train.py --help"""
+
+import math
+import statistics
+import sys
+import tempfile
+import time
+from argparse import BooleanOptionalAction, Namespace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import DATASETS, load
+from model import DEFAULT_LOSS, build
+from utils import (ArgumentParser, RunLog, UserError, active_units, beta_schedule, call, default_device, device_type,
+                   interleave, load_checkpoint, number, run_name, save_checkpoint, save_grid, stream, stream_seed, write_csv,
+                   write_json)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description="Train an AE, a VAE or a conditional VAE on small images.")
+    default = "(default: %(default)s)"
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", default="glyphs", metavar="NAME",
+                      help=f"{', '.join(DATASETS)}, or the path of a folder of images {default}")
+    data.add_argument("--data_dir", "--data_folder", default="data", metavar="DIR",
+                      help=f"where datasets and caches are kept {default}")
+    data.add_argument("--image_size", type=number(int, 8), nargs="+", metavar="N",
+                      help="height [width] to resize and centre-crop to (default: as the images are)")
+    data.add_argument("--levels", type=int, choices=(2, 16, 256), default=256,
+                      help=f"values of a pixel: 2 binary, 16 4-bit, 256 as stored {default}")
+    data.add_argument("--binarize", choices=("threshold", "stochastic"), default="threshold",
+                      help=f"with --levels 2: pixel > 0.5, or a fresh Bernoulli draw each time {default}")
+    data.add_argument("--transform", choices=("none", "grayscale", "grayscale3"), default="none",
+                      help=f"as stored, luminance in one channel, or in three {default}")
+    data.add_argument("--limit", type=number(int, 1), metavar="N", help="keep the first N training images (default: all)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--loss_mode", choices=("ae", "vae"), default="vae", help=default)
+    model.add_argument("--model", choices=("mlp", "cnn"), default="cnn", help=f"the networks {default}")
+    model.add_argument("--conditional", action="store_true", help="a VAE given the class (default: not)")
+    model.add_argument("--latent_size", "--z_dim", type=number(int, 1), default=32, metavar="N",
+                       help=f"latent dimensions {default}")
+    model.add_argument("--hidden_dims", type=number(int, 1), nargs="+", default=[512], metavar="N",
+                       help="mlp: widths of the encoder's hidden layers, reversed in the decoder (default: 512)")
+    model.add_argument("--num_filters", type=number(int, 1), default=8, metavar="N",
+                       help=f"cnn: channels of the first level; the second has 4 N, all others 8 N {default}")
+
+    objective = parser.add_argument_group("objective")
+    objective.add_argument("--recon_loss", choices=("mse", "bce", "categorical"),
+                           help="(default: by levels, 2 bce, 16 categorical, 256 mse)")
+    objective.add_argument("--target_beta_val", type=number(float, 0), default=1.0, metavar="BETA",
+                           help=f"weight of the KL {default}")
+    objective.add_argument("--beta_mode", choices=("constant", "linear", "cyclical"), default="constant",
+                           help=f"how beta goes to its target over the epochs {default}")
+    objective.add_argument("--free_bits", type=number(float, 0), default=0.0, metavar="NATS",
+                           help=f"an image's KL in a latent dimension counts as at least this {default}")
+
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--epochs", "--user_epochs", type=number(int, 1), default=20, metavar="N", help=default)
+    optimisation.add_argument("--batch_size", type=number(int, 1), default=128, metavar="N", help=default)
+    optimisation.add_argument("--lr", type=number(float, 0, above=True), default=1e-3, metavar="LR",
+                              help=f"AdamW's learning rate {default}")
+    optimisation.add_argument("--weight_decay", type=number(float, 0), default=0.0, metavar="W",
+                              help=f"AdamW's decoupled weight decay {default}")
+    optimisation.add_argument("--grad_clip", type=number(float, 0), default=0.0, metavar="NORM",
+                              help="clip the gradient's norm; losses are sums, so norms of hundreds are normal "
+                                   "(default: 0, off)")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--log_dir", type=run_name, metavar="NAME",
+                     help="the run's name, a/b for a subfolder (default: made of the arguments, such as vae_mnist_cnn)")
+    run.add_argument("--results_dir", default="results", metavar="DIR", help=f"pictures and figures {default}")
+    run.add_argument("--checkpoint_dir", default="checkpoints", metavar="DIR", help=default)
+    run.add_argument("--overwrite", action="store_true", help="replace the run that has this name (default: refuse)")
+    run.add_argument("--seed", type=number(int, 0), default=1, metavar="N", help=default)
+    run.add_argument("--seeds", type=number(int, 0), nargs="+", metavar="N",
+                     help="a run for each seed, then mean ± standard deviation (default: --seed alone)")
+    run.add_argument("--device", type=device_type, default=default_device(), help=default)
+    run.add_argument("--progress_bar", action=BooleanOptionalAction, default=sys.stderr.isatty(),
+                     help="(default: on a terminal only)")
+
+    args = parser.parse_args(argv)
+    if args.dataset not in DATASETS and not Path(args.dataset).is_dir():
+        parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} nor a folder")
+    if args.image_size:
+        if len(args.image_size) > 2:
+            parser.error(f"argument --image_size: {len(args.image_size)} numbers, but height [width] are one or two")
+        args.image_size = [args.image_size[0], args.image_size[-1]]
+    if args.binarize == "stochastic" and args.levels != 2:
+        parser.error(f"argument --binarize: stochastic goes with --levels 2, not {args.levels}")
+    if args.loss_mode == "ae":
+        if args.conditional:
+            parser.error("argument --conditional: goes with --loss_mode vae, not ae")
+        if args.free_bits:
+            parser.error("argument --free_bits: goes with --loss_mode vae, not ae, which has no KL")
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"argument --seeds: {' '.join(map(str, args.seeds))} names a seed twice")
+    args.recon_loss = args.recon_loss or DEFAULT_LOSS[args.levels]
+    if args.log_dir and not args.overwrite:
+        for name in [args.log_dir, *(f"{args.log_dir}/seed_{seed}" for seed in args.seeds or ())]:
+            for folder in (Path(args.results_dir) / name, Path(args.checkpoint_dir) / name):
+                if holds_run(folder):
+                    parser.error(f"argument --log_dir: {folder} holds a run already; take another name, or --overwrite"
+                                 " to replace it")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The two loops
+
+def train_epoch(model, data, optimizer, args, epoch, beta):
+    """One pass over the training images in a new order → the epoch's mean rec, kl, bpd (see AE.forward)."""
+    model.train()
+    order = torch.randperm(len(data.train), generator=stream(args.seed, "order", epoch)).split(args.batch_size)
+    sums = 0
+    for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", leave=False, disable=not args.progress_bar),
+                                 start=epoch * len(order)):
+        images, labels = data.train.batch(index, args.seed, "binarize", step)
+        noise = torch.randn(len(images), args.latent_size, device=images.device,
+                            generator=stream(args.seed, "noise", step, device=images.device))
+        terms = model(images, labels, noise)
+        loss = terms[0] + beta * terms[1]
+        optimizer.zero_grad()
+        loss.backward()
+        if args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        optimizer.step()
+        sums += weighted(terms, len(images))
+    return means(sums, len(data.train))
+
+
+@torch.no_grad()
+def test_epoch(model, split, args, purpose):
+    """One pass over a split, with the same noise each time → its mean rec, kl, bpd."""
+    model.eval()
+    sums = 0
+    for step, index in enumerate(torch.arange(len(split)).split(args.batch_size)):
+        images, labels = split.batch(index)
+        noise = torch.randn(len(images), args.latent_size, device=images.device,
+                            generator=stream(args.seed, purpose, step, device=images.device))
+        sums += weighted(model(images, labels, noise), len(images))
+    return means(sums, len(split))
+
+
+def weighted(terms, n):
+    """A batch's means as sums over its n images, on the device: a number fetched each step would stall a GPU."""
+    return n * torch.stack([term.detach() for term in terms if term is not None]).double()
+
+
+def means(sums, n):
+    return dict(zip(("rec", "kl", "bpd"), (sums / n).tolist()))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A run
+
+def run(args, data):
+    """Train one model and leave its files → the figures of test.json."""
+    if args.conditional and not data.classes:
+        raise UserError(f"--conditional: {args.dataset} has no classes (a folder a class makes them); without "
+                        "--conditional it can be used as it is")
+    if min(data.shape[1:]) < 8:
+        raise UserError(f"{args.dataset}: images of {data.shape[1]}x{data.shape[2]} pixels are too small, 8x8 is the "
+                        "least; --image_size enlarges them")
+    about = {"shape": list(data.shape), "levels": data.levels, "classes": data.classes}
+    torch.manual_seed(stream_seed(args.seed, "weights"))
+    model = build(vars(args), about).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                                  fused=args.device != "mps")
+    beta_of = beta_schedule(args.beta_mode, args.target_beta_val, args.epochs)
+    results, checkpoints = claim(args)
+    print(f"{args.log_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, {'x'.join(map(str, data.shape))}"
+          f" pixels of {data.levels} levels, {len(data.train):,} + {len(data.val):,} + {len(data.test):,} images, "
+          f"{args.device}", flush=True)
+
+    def figures(terms):
+        """With the loss that ranks epochs: always at the target beta, so that annealing favours none."""
+        if args.loss_mode == "ae":
+            return {"loss": terms["rec"], "rec": terms["rec"]}
+        return {"loss": terms["rec"] + args.target_beta_val * terms["kl"], **terms}
+
+    log, history, best = RunLog(results), [], math.inf
+    for epoch in range(args.epochs):
+        start, beta = time.perf_counter(), beta_of(epoch)
+        train = figures(train_epoch(model, data, optimizer, args, epoch, beta))
+        val = figures(test_epoch(model, data.val, args, "val"))
+        if not math.isfinite(train["loss"] + val["loss"]):
+            raise UserError(f"epoch {epoch + 1}: the loss is not finite (lr {args.lr:g}, beta {beta:g}); a smaller --lr"
+                            " or --grad_clip 1000 helps" + (f". {checkpoints / 'best.pt'} is whole" if epoch else ""))
+        if args.loss_mode == "ae":
+            model.fit_prior(data.train.batch(index, args.seed, "prior", step)[0] for step, index in
+                            enumerate(torch.arange(len(data.train)).split(args.batch_size)))
+        history.append({"epoch": epoch + 1, "beta": beta if args.loss_mode == "vae" else None, "lr": args.lr,
+                        **{f"train_{name}": value for name, value in train.items()},
+                        **{f"val_{name}": value for name, value in val.items()},
+                        "seconds": round(time.perf_counter() - start, 3)})
+        improved, best = val["loss"] < best, min(best, val["loss"])
+        state = {"args": vars(args), "data": about, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "epoch": epoch + 1, "step": (epoch + 1) * math.ceil(len(data.train) / args.batch_size),
+                 "best": best, "history": history}
+        save_checkpoint(checkpoints / "last.pt", state)
+        if improved:
+            save_checkpoint(checkpoints / "best.pt", state)
+        draw_epoch(model, data, args, epoch + 1, results)
+        log.epoch(history)
+        print_epoch(history[-1], args, improved)
+
+    model.load_state_dict(load_checkpoint(checkpoints / "best.pt")["model"])
+    test = {"epoch": min(history, key=lambda row: row["val_loss"])["epoch"],
+            **{f"test_{name}": value for name, value in
+               figures(test_epoch(model, data.test, args, "test")).items()}}
+    if args.loss_mode == "vae":
+        test["active_units"] = active_units(torch.cat([model.embed(*data.test.batch(index)) for index in
+                                                       torch.arange(len(data.test)).split(args.batch_size)]))
+    report(test, args)
+    write_json(results / "test.json", test)
+    log.close(history)
+    print(f"wrote {results} and {checkpoints / 'best.pt'}\ndraw: python infer.py --ckpt {checkpoints / 'best.pt'}")
+    return test
+
+
+def report(test, args):
+    """Print the test figures, and what helps where the posterior has collapsed onto the prior."""
+    print(f"best epoch {test['epoch']} on the test images: " + describe(test, "test_"))
+    if args.loss_mode == "vae":
+        active = test["active_units"]
+        print(f"active units: {active} of {args.latent_size}")
+        if test["test_kl"] < 1 or active < min(2, args.latent_size):
+            print(f"the posterior collapsed (KL {test['test_kl']:.3f} nats, {active} active units): the decoder ignores "
+                  "z. What helps: --beta_mode linear, a smaller --target_beta_val, or --free_bits 0.1")
+
+
+def print_epoch(row, args, improved):
+    beta = f"beta {row['beta']:.3g} | " if args.loss_mode == "vae" else ""
+    print(f"epoch {row['epoch']:>{len(str(args.epochs))}}/{args.epochs} | {beta}train {describe(row, 'train_')} | "
+          f"val {describe(row, 'val_')} | {row['seconds']:.1f} s{' *' if improved else ''}", flush=True)
+
+
+def describe(row, prefix):
+    return ", ".join(f"{name} {row[prefix + name]:.{4 if name == 'bpd' else 2}f}" for name in ("loss", "rec", "kl", "bpd")
+                     if row.get(prefix + name) is not None)
+
+
+@torch.no_grad()
+def draw_epoch(model, data, args, epoch, folder):
+    """samples_EEE.png and reconstructions_EEE.png: the same latents and the same validation images each epoch."""
+    labels = None
+    if args.conditional:
+        labels = torch.arange(64, device=args.device) // 8 % len(data.classes)
+    _, samples = model.sample(64, labels, generator=stream(args.seed, "samples"))
+    save_grid(samples, folder / f"samples_{epoch:03d}.png", 8,
+              f"{args.log_dir}, epoch {epoch}: samples from {model.prior_name}")
+    images, labels = data.val.batch(torch.arange(min(32, len(data.val))))
+    pairs = interleave(images / (data.levels - 1), model.reconstruct(images, labels), 8)
+    save_grid(pairs, folder / f"reconstructions_{epoch:03d}.png", 8,
+              f"{args.log_dir}, epoch {epoch}: validation images, reconstructions below each")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Folders and seeds
+
+def holds_run(folder):
+    return any((folder / name).exists() for name in ("metrics.csv", "seeds.csv", "last.pt", "best.pt"))
+
+
+def claim(args):
+    """Make the run's two folders, after everything else that could fail → results folder, checkpoints folder.
+
+    Sets args.log_dir where the user gave no name. Leaves nothing behind where either cannot be written.
+    """
+    if not args.log_dir:
+        args.log_dir = free_name(args)
+    folders = [Path(root) / args.log_dir for root in (args.results_dir, args.checkpoint_dir)]
+    made = []
+    try:
+        for folder in folders:
+            for path in [*reversed(folder.parents), folder]:
+                if not path.exists():
+                    path.mkdir(exist_ok=True)
+                    made.append(path)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        for path in reversed(made):
+            path.rmdir()
+        raise UserError(f"{folder} cannot be written ({error.strerror}); --results_dir and --checkpoint_dir move it")
+    if args.overwrite:
+        for folder in folders:
+            for kind in ("*.png", "*.csv", "*.json", "*.pt", "events.out.*"):
+                for path in folder.glob(kind):
+                    path.unlink()
+    return folders
+
+
+def free_name(args):
+    """A name made of what matters, with a number where it is taken."""
+    name = "_".join(["cvae" if args.conditional else args.loss_mode,
+                     args.dataset if args.dataset in DATASETS else Path(args.dataset).resolve().name, args.model])
+    number, free = 1, name
+    while any((Path(root) / free).exists() for root in (args.results_dir, args.checkpoint_dir)):
+        number, free = number + 1, f"{name}_{number + 1}"
+    return free
+
+
+def run_seeds(args, data):
+    """A run for each seed in a folder of its own, then mean ± standard deviation of every test figure."""
+    group = args.log_dir or free_name(args)
+    tests = [run(Namespace(**{**vars(args), "seed": seed, "log_dir": f"{group}/seed_{seed}"}), data)
+             for seed in args.seeds]
+    columns = [f"seed_{seed}" for seed in args.seeds]
+    rows = []
+    for name in tests[0]:
+        values = [test[name] for test in tests]
+        std = statistics.stdev(values) if len(values) > 1 else None
+        rows.append({"figure": name, "mean": statistics.mean(values), "std": std, **dict(zip(columns, values))})
+        print(f"{name:14s} {rows[-1]['mean']:10.4f}" + (f" ± {std:.4f}" if std is not None else ""))
+    write_csv(Path(args.results_dir) / group / "seeds.csv", ["figure", "mean", "std", *columns], rows)
+    print(f"wrote {Path(args.results_dir) / group / 'seeds.csv'}")
+
+
+def main():
+    args = parse_args()
+    data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform, args.limit,
+                args.device, progress_bar=args.progress_bar)
+    (run_seeds if args.seeds else run)(args, data)
+
+
+if __name__ == "__main__":
+    call(main)

@@ -1,0 +1,352 @@
+"""What everyone shares: the small mathematics, random streams, the command line's manners, pictures, checkpoints
+and the log of a run. Imports none of the project's other files."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command line: a user's mistake is one line and an exit status, never a traceback.
+
+class UserError(Exception):
+    """Something that the user can mend. The message is one line that says how."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with errors of a single line (exit status 2) and no abbreviated options."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(
+            prog, max_help_position=36, width=130), **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low, above=False):
+    """An argparse type: a finite int or float, at least `low`, or greater than it (`above`)."""
+    allowed = f"a whole number {'>' if above else '>='} {low}" if kind is int else \
+              f"a finite number {'>' if above else '>='} {low}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > low if above else value >= low)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed, only {allowed}")
+        return value
+    return parse
+
+
+def device_type(text):
+    """An argparse type: a torch.device that this machine has."""
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise argparse.ArgumentTypeError(f"{text!r} is not on this machine, only {', '.join(here)}")
+    return str(device)
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def run_name(text):
+    """An argparse type: the name of a run, a relative path that stays below the two roots."""
+    parts = text.split("/")
+    if any(part in ("", ".", "..") or not re.fullmatch(r"[\w.+=,@ -]+", part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed, only a name such as my_run or group/my_run")
+    return text
+
+
+def call(main):
+    """Run a script's `main`: what a user can mend ends it with one line on stderr and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:  # a full or read-only disk, a lost permission, …
+        place = f": {error.filename}" if error.filename else ""
+        message = f"{error.strerror or error}{place}"
+    except MemoryError:
+        message = "out of memory; a smaller --batch_size, --image_size or --limit needs less"
+    except torch.OutOfMemoryError as error:
+        message = f"{str(error).splitlines()[0]} A smaller --batch_size or --image_size needs less."
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Mathematics
+
+def sample_reparameterize(mean, std, noise=None):
+    """z = mean + std · noise, with gradients to both (Kingma & Welling 2014, eq. 10).
+
+    mean, std, noise: any one shape; noise ~ N(0, 1), drawn here when not given → the same shape
+    """
+    return mean + std * (torch.randn_like(std) if noise is None else noise)
+
+
+def KLD(mean, log_std):
+    """KL(N(mean, exp(log_std)²) ‖ N(0, I)) of each row, in nats (Kingma & Welling 2014, app. B).
+
+    mean, log_std: [..., D] → [...]
+    """
+    return 0.5 * (mean ** 2 + torch.expm1(2 * log_std) - 2 * log_std).sum(-1)
+
+
+def elbo_to_bpd(elbo, img_shape):
+    """Bits per dimension of a negative evidence lower bound, which must be taken at beta = 1.
+
+    elbo: [B], in nats an image; img_shape: the batch's [B, C, H, W] → [B]
+    """
+    return elbo * math.log2(math.e) / math.prod(img_shape[1:])
+
+
+def active_units(means):
+    """How many latent dimensions carry information: the variance over x of E[z|x] is above 0.01
+    (Burda et al. 2016, section 5).
+
+    means: [N, D], posterior means of N images → int
+    """
+    return int((means.double().var(0) > 0.01).sum())
+
+
+def beta_schedule(mode, target, epochs):
+    """The weight of the KL as a function of the number of epochs already finished.
+
+    constant: target. linear: target · finished / epochs, so 0 in the first epoch. cyclical: up to four cycles, each
+    rising linearly from 0 through its first half and staying at target for the rest (Fu et al. 2019, eq. 6-7,
+    M = 4, R = 0.5); fewer cycles where they would be shorter than two epochs.
+    """
+    if mode == "constant":
+        return lambda finished: target
+    if mode == "linear":
+        return lambda finished: target * finished / epochs
+    if mode == "cyclical":
+        length = math.ceil(epochs / max(1, min(4, epochs // 2)))
+        return lambda finished: target * min(1.0, (finished % length) / length / 0.5)
+    raise ValueError(f"beta mode {mode!r}: constant, linear or cyclical")
+
+
+@torch.no_grad()
+def visualize_manifold(decoder, grid_size=20):
+    """The images of a 2-D latent space, at the percentiles (i + 0.5) / grid_size of N(0, 1) on both axes
+    (Kingma & Welling 2014, fig. 4): z₁ grows to the right, z₂ upwards.
+
+    decoder: any callable from z [n, 2] to mean images in [0, 1], [n, C, H, W]
+    → one image [3, grid_size · H, grid_size · W] in [0, 1]
+    """
+    percentiles = (torch.arange(grid_size) + 0.5) / grid_size
+    z = torch.distributions.Normal(0.0, 1.0).icdf(percentiles)
+    z2, z1 = torch.meshgrid(z.flip(0), z, indexing="ij")
+    images = decoder(torch.stack([z1, z2], dim=-1).view(-1, 2))
+    return _torchvision().utils.make_grid(images, nrow=grid_size, padding=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Randomness: every draw is a pure function of (seed, purpose, index), so a run can stop and go on anywhere.
+
+def stream_seed(*key):
+    """63 bits that depend on every part of the key. A hash, since seed + step of one seed would be another's."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def stream(*key, device="cpu"):
+    """A new generator for one purpose, such as stream(seed, "noise", step)."""
+    return torch.Generator(device).manual_seed(stream_seed(*key))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# torchvision and pictures
+
+def _torchvision():
+    """Import torchvision, also beside a torch for which its compiled operators were not built (a CPU-only torch, say).
+
+    This project uses none of those operators, but importing torchvision registers Python code for some of them and
+    fails where they are missing. So each that it misses is declared to torch, without code behind it.
+    """
+    while True:
+        try:
+            import torchvision
+            return torchvision
+        except RuntimeError as error:
+            missing = re.search(r"operator (torchvision::\w+) does not exist", str(error))
+            if not missing:
+                raise
+            torch.library.define(missing[1], "() -> ()")  # a second time for one name raises: this loop ends
+
+
+def __getattr__(name):
+    # `from utils import torchvision` works, and only those who use it wait for its import.
+    if name == "torchvision":
+        return _torchvision()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def save_picture(image, path, caption):
+    """Write one image with a caption below it as PNG.
+
+    image: [3, H, W] in [0, 1]; enlarged by a whole factor where it is small
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    scale = max(1, round(640 / pixels.shape[1]))
+    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    font = ImageFont.load_default(size=15)
+    characters = max(16, int((pixels.shape[1] - 16) / font.getlength("n")))
+    text = textwrap.fill(caption, characters)
+    height = 12 + 20 * (text.count("\n") + 1)
+    canvas = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + height), "white")
+    canvas.paste(Image.fromarray(pixels), (0, 0))
+    ImageDraw.Draw(canvas).multiline_text((8, pixels.shape[0] + 5), text, fill="black", font=font)
+    canvas.save(path)
+
+
+def interleave(above, below, nrow):
+    """Two batches of images as one for a grid of nrow images a row: a row of the first, the same of the second, …"""
+    rows = zip(above.float().cpu().split(nrow), below.float().cpu().split(nrow))
+    return torch.cat([part for pair in rows for part in pair])
+
+
+def save_grid(images, path, nrow, caption):
+    """Write images [N, C, H, W] in [0, 1] as one captioned PNG, nrow images a row."""
+    grid = _torchvision().utils.make_grid(images.float().cpu(), nrow=nrow, padding=1, pad_value=0.4)
+    save_picture(grid, path, caption)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Checkpoints: plain data and tensors, replaced atomically, verified when read
+
+FORMAT = "plain-vae 1"
+
+
+def atomic_write(path, write):
+    """Call write(file) on a temporary file, then put it in the place of `path`: no reader ever sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path, state):
+    atomic_write(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def load_checkpoint(path):
+    """Read a checkpoint onto the CPU, without executing anything that it may hold.
+
+    Raises UserError where the file is damaged or is no checkpoint of this project.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself would load a flipped bit in silence
+            damaged = archive.testzip()
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is not a checkpoint of this project, or was cut short")
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling foreign bytes may raise anything
+        raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__} while reading it)")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project, or of another version (not {FORMAT!r})")
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The log of a run
+
+COLUMNS = ("epoch", "beta", "lr", "train_loss", "train_rec", "train_kl", "train_bpd",
+           "val_loss", "val_rec", "val_kl", "val_bpd", "seconds")
+
+
+def write_csv(path, columns, rows):
+    """Rows are dictionaries; what a row lacks is left empty."""
+    lines = [",".join(columns)] + [",".join("" if row.get(c) is None else str(row[c]) for c in columns) for row in rows]
+    atomic_write(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+def write_json(path, values):
+    atomic_write(path, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
+
+
+class RunLog:
+    """metrics.csv, curves.png and TensorBoard's events in the run's results folder."""
+
+    def __init__(self, folder):
+        from torch.utils.tensorboard import SummaryWriter
+        self.folder, self.writer, self.drawn = folder, SummaryWriter(folder), time.monotonic()
+
+    def epoch(self, history):
+        """history: the rows of metrics.csv so far, the last one new."""
+        write_csv(self.folder / "metrics.csv", COLUMNS, history)
+        row = history[-1]
+        for name, value in row.items():
+            if name not in ("epoch", "seconds") and value is not None:
+                self.writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+        if time.monotonic() - self.drawn > 10:  # drawing takes longer than a small model's epoch
+            draw_curves(history, self.folder / "curves.png")
+            self.drawn = time.monotonic()
+
+    def picture(self, name, epoch):
+        """Show results/NAME/<name>_EEE.png in TensorBoard."""
+        from PIL import Image
+        with Image.open(self.folder / f"{name}_{epoch:03d}.png") as image:
+            self.writer.add_image(name, np.asarray(image), epoch, dataformats="HWC")
+
+    def close(self, history):
+        draw_curves(history, self.folder / "curves.png")
+        self.writer.close()
+
+
+def draw_curves(history, path):
+    """The metrics as a picture: a panel each for loss, reconstruction, KL and beta, train and validation."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+    panels = [("loss", "loss = reconstruction + target beta · KL"), ("rec", "reconstruction"), ("kl", "KL"),
+              ("bpd", "bits/dim"), ("beta", "beta")]
+    panels = [(key, title) for key, title in panels if any(history[0].get(p + key) is not None for p in ("", "val_"))]
+    best = min(history, key=lambda row: row["val_loss"])["epoch"]
+    epochs = [row["epoch"] for row in history]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.8 * len(panels), 3.4), layout="constrained")
+    for axis, (key, title) in zip(np.atleast_1d(axes), panels):
+        curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
+        for prefix, label in curves.items():
+            axis.plot(epochs, [row[prefix + key] for row in history], label=label, marker="." if len(epochs) < 30 else "")
+        axis.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
+        axis.set(title=title, xlabel="epoch")
+        axis.set_ylabel("" if key in ("bpd", "beta") else "nats an image" if history[0].get("val_bpd") else "an image")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
