@@ -28,6 +28,10 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=number(int, 0), default=1, metavar="N", help=default)
     parser.add_argument("--device", type=device_type, default=default_device(), help=default)
     args = parser.parse_args(argv)
+    args.only = args.only.split(",")
+    for name in args.only:
+        if name not in PICTURES:
+            parser.error(f"argument --only: {name!r} is none of {', '.join(PICTURES)}")
     if args.ckpt is None:
         found = sorted(Path("checkpoints").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
@@ -36,10 +40,6 @@ def parse_args(argv=None):
     if not args.ckpt.is_file():
         parser.error(f"argument --ckpt: {str(args.ckpt)!r} is {'a folder' if args.ckpt.is_dir() else 'not there'}; "
                      "only a file such as checkpoints/NAME/best.pt")
-    args.only = args.only.split(",")
-    for name in args.only:
-        if name not in PICTURES:
-            parser.error(f"argument --only: {name!r} is none of {', '.join(PICTURES)}")
     return args
 
 
@@ -138,8 +138,8 @@ NEED_DATA = {"reconstructions", "interpolations"}
 
 
 @torch.no_grad()
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     model, state = restore(args.ckpt, args.device)
     trained, about = state["args"], state["data"]
     args.conditional = trained["conditional"]

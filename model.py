@@ -151,10 +151,10 @@ class AE(nn.Module):
     def reconstruction_loss(self, params, images):
         """-log p(x|z) of each image in nats (for mse the squared error on the scale [-1, 1]), summed over pixels.
 
-        params: [B, K·C, H, W]; images: integer levels [B, C, H, W] → [B]
+        params: [B, K·C, H, W], logits (for mse the mean is their tanh); images: integer levels [B, C, H, W] → [B]
         """
         if self.recon_loss == "mse":
-            loss = (params - self.normalize(images)) ** 2
+            loss = (params.tanh() - self.normalize(images)) ** 2
         elif self.recon_loss == "bce":
             targets = images.to(params.dtype) / (self.levels - 1)
             loss = F.binary_cross_entropy_with_logits(params, targets, reduction="none")
@@ -174,7 +174,7 @@ class AE(nn.Module):
     def mean_image(self, params):
         """The expected pixels in [0, 1], [B, C, H, W]."""
         if self.recon_loss == "mse":
-            return ((params + 1) / 2).clamp(0, 1)
+            return (params.tanh() + 1) / 2
         if self.recon_loss == "bce":
             return params.sigmoid()
         levels = torch.linspace(0, 1, self.levels, dtype=params.dtype, device=params.device)

@@ -320,8 +320,8 @@ def run_seeds(args, data):
     print(f"wrote {Path(args.results_dir) / group / 'seeds.csv'}")
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform, args.limit,
                 args.device, progress_bar=args.progress_bar)
     (run_seeds if args.seeds else run)(args, data)

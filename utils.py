@@ -29,7 +29,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(
-            prog, max_help_position=36, width=130), **kwargs)
+            prog, max_help_position=42, width=150), usage="python %(prog)s [options]", **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -333,19 +333,22 @@ def draw_curves(history, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
-    panels = [("loss", "loss = reconstruction + target beta · KL"), ("rec", "reconstruction"), ("kl", "KL"),
+    panels = [("loss", "loss at the target beta"), ("rec", "reconstruction"), ("kl", "KL"),
               ("bpd", "bits/dim"), ("beta", "beta")]
     panels = [(key, title) for key, title in panels if any(history[0].get(p + key) is not None for p in ("", "val_"))]
     best = min(history, key=lambda row: row["val_loss"])["epoch"]
     epochs = [row["epoch"] for row in history]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.8 * len(panels), 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), layout="constrained")
     for axis, (key, title) in zip(np.atleast_1d(axes), panels):
         curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
         for prefix, label in curves.items():
             axis.plot(epochs, [row[prefix + key] for row in history], label=label, marker="." if len(epochs) < 30 else "")
         axis.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
         axis.set(title=title, xlabel="epoch")
-        axis.set_ylabel("" if key in ("bpd", "beta") else "nats an image" if history[0].get("val_bpd") else "an image")
+        if key in ("loss", "rec", "kl"):  # a squared error has no unit
+            axis.set_ylabel("nats per image" if key == "kl" or "val_bpd" in history[0] else "per image")
+        if key == "beta":
+            axis.set_ylim(bottom=0)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend()
     figure.savefig(path, dpi=100)

@@ -1,0 +1,760 @@
+"""Every test: `pytest unittests.py` or `python unittests.py`. They check against something independent: closed forms,
+torch.distributions, numerical integration. Those that need real MNIST are skipped where data/MNIST is absent."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import distributions as D
+
+import data
+import infer
+import model
+import train
+import utils
+
+HERE = Path(__file__).resolve().parent
+SHAPES = [(1, 28, 28), (3, 32, 32), (1, 9, 21), (3, 64, 48), (1, 8, 8)]
+LN2 = math.log(2)
+
+
+def double(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def levels_like(shape, levels, n=5, seed=0):
+    return torch.randint(levels, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def zeroed(network):
+    for parameter in network.parameters():
+        torch.nn.init.zeros_(parameter)
+    return network
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """400 glyphs as PNG files, a folder a digit; training on them takes a second."""
+    root = tmp_path_factory.mktemp("images")
+    images, labels, _, _ = data.make_glyphs(train=400, test=1)
+    for i, (image, label) in enumerate(zip(images[:, 0], labels)):
+        (root / str(label)).mkdir(exist_ok=True)
+        Image.fromarray(image).save(root / str(label) / f"{i:03d}.png")
+    return root
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to run the scripts in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fit(folder, *flags, epochs=2):
+    """Train in this process; → metrics.csv as rows, test.json."""
+    argv = [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", f"--epochs={epochs}", "--batch_size=32",
+            "--log_dir=run", "--model=mlp", "--overwrite", *flags]
+    train.main(argv)
+    args = train.parse_args(argv)
+    results = Path(args.results_dir) / args.log_dir
+    with open(results / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    return rows, json.loads((results / "test.json").read_text())
+
+
+def outcome(main, argv, capsys):
+    """Exit status, stderr of a script's main in this process, as its __main__ runs it."""
+    with pytest.raises(SystemExit) as stop:
+        utils.call(lambda: main([str(word) for word in argv]))
+    return stop.value.code, capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Mathematics
+
+def test_kld_is_that_of_torch_distributions_and_of_integration():
+    mean, log_std = 2 * double(7, 5), double(7, 5, seed=1)
+    expected = D.kl_divergence(D.Normal(mean, log_std.exp()), D.Normal(torch.zeros(()).double(), 1.0)).sum(-1)
+    torch.testing.assert_close(utils.KLD(mean, log_std), expected, rtol=1e-12, atol=1e-12)
+    z = torch.linspace(-30, 30, 200_001, dtype=torch.float64)
+    q, p = D.Normal(1.5, torch.tensor(0.3).double()).log_prob(z), D.Normal(0.0, torch.tensor(1.0).double()).log_prob(z)
+    integral = torch.trapezoid(q.exp() * (q - p), z)
+    assert utils.KLD(torch.tensor([1.5]).double(), torch.tensor([0.3]).double().log()).item() == \
+        pytest.approx(integral.item(), rel=1e-9)
+
+
+def test_kld_is_exactly_zero_at_the_prior_and_symmetric_in_the_mean():
+    assert utils.KLD(torch.zeros(3, 4), torch.zeros(3, 4)).eq(0).all()
+    mean, log_std = torch.randn(100, 8), torch.randn(100, 8)
+    assert torch.equal(utils.KLD(mean, log_std), utils.KLD(-mean, log_std))
+
+
+def test_sample_reparameterize():
+    mean, std, noise = (double(50, 3, seed=s) for s in range(3))
+    mean, std = mean.requires_grad_(), std.exp().detach().requires_grad_()
+    z = utils.sample_reparameterize(mean, std, noise)
+    z.sum().backward()
+    assert torch.equal(z, mean + std * noise)
+    assert mean.grad.eq(1).all() and torch.equal(std.grad, noise)
+    torch.manual_seed(0)
+    drawn = utils.sample_reparameterize(torch.full((200_000,), 3.0), torch.full((200_000,), 0.5))
+    assert drawn.mean().item() == pytest.approx(3, abs=0.006) and drawn.std().item() == pytest.approx(0.5, abs=0.004)
+
+
+def test_elbo_to_bpd():
+    assert utils.elbo_to_bpd(torch.tensor([784 * LN2, 784 * math.log(16)]), (2, 1, 28, 28)).tolist() == \
+        pytest.approx([1, 4])
+    assert utils.elbo_to_bpd(torch.tensor([3 * 8 * 8 * LN2]), [1, 3, 8, 8]).item() == pytest.approx(1)
+
+
+def test_active_units_counts_variances_above_a_hundredth():
+    means = double(5000, 4) * torch.tensor([1.0, 0.11, 0.09, 0.0]) + 7
+    assert utils.active_units(means) == 2
+
+
+def test_beta_schedules():
+    assert [utils.beta_schedule("constant", 1.2, 20)(e) for e in (0, 7, 19)] == [1.2] * 3
+    linear = utils.beta_schedule("linear", 1.2, 20)
+    assert linear(0) == 0 and linear(5) == pytest.approx(0.3) and linear(20) == pytest.approx(1.2)
+    cyclical = [utils.beta_schedule("cyclical", 2.0, 40)(e) for e in range(40)]
+    assert cyclical[:10] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2, 2, 2, 2, 2]) and cyclical == cyclical[:10] * 4
+    for epochs in range(2, 20):  # no length of run is left without its KL
+        assert max(utils.beta_schedule("cyclical", 1.0, epochs)(e) for e in range(epochs)) == 1
+
+
+def test_manifold_is_decoded_at_the_percentiles():
+    seen = []
+
+    def decoder(z):
+        seen.append(z)
+        return D.Normal(0.0, 1.0).cdf(z[:, :1, None, None]).expand(-1, 1, 2, 3)  # bright to the right
+    image = utils.visualize_manifold(decoder, grid_size=5)
+    assert image.shape == (3, 10, 15)
+    grid = D.Normal(0.0, 1.0).cdf(torch.cat(seen)).view(5, 5, 2)
+    percentiles = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    torch.testing.assert_close(grid[..., 0], percentiles.expand(5, 5))
+    torch.testing.assert_close(grid[..., 1], percentiles.flip(0)[:, None].expand(5, 5))
+    torch.testing.assert_close(image[0, 0], percentiles.repeat_interleave(3))
+    utils.visualize_manifold(lambda z: torch.zeros(len(z), 3, 4, 4))
+
+
+def test_streams_depend_on_every_part_of_their_key_and_on_nothing_else():
+    keys = [(seed, purpose, step) for seed in range(5) for purpose in ("noise", "order") for step in range(50)]
+    assert len({utils.stream_seed(*key) for key in keys}) == len(keys)
+    first = torch.randn(4, generator=utils.stream(1, "noise", 2))
+    torch.manual_seed(99)
+    assert torch.equal(first, torch.randn(4, generator=utils.stream(1, "noise", 2)))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Likelihoods and models
+
+@pytest.mark.parametrize("levels", [2, 16])
+@pytest.mark.parametrize("recon_loss", ["bce", "categorical"])
+def test_reconstruction_loss_is_that_of_torch_distributions(levels, recon_loss):
+    net = model.VAE((2, 8, 9), levels, latent_size=3, recon_loss=recon_loss).double()
+    images, params = levels_like((2, 8, 9), levels), double(5, 2 * (levels if recon_loss == "categorical" else 1), 8, 9)
+    if recon_loss == "categorical":
+        logits = params.view(5, levels, 2, 8, 9).permute(0, 2, 3, 4, 1)
+        expected = -D.Categorical(logits=logits).log_prob(images.long())
+        mean = (D.Categorical(logits=logits).probs * torch.arange(levels)).sum(-1) / (levels - 1)
+    else:
+        target = images.double() / (levels - 1)
+        expected = -D.Bernoulli(logits=params, validate_args=False).log_prob(target)
+        mean = D.Bernoulli(logits=params).mean
+    torch.testing.assert_close(net.reconstruction_loss(params, images), expected.sum((1, 2, 3)))
+    torch.testing.assert_close(net.mean_image(params), mean)
+
+
+def test_mse_is_the_summed_squared_error_on_minus_one_to_one():
+    net = model.VAE((3, 8, 8), 256, latent_size=3, recon_loss="mse").double()
+    images, params = levels_like((3, 8, 8), 256), double(5, 3, 8, 8) / 3
+    target = images.numpy() / 255.0 * 2 - 1
+    mean = np.tanh(params.numpy())
+    expected = ((mean - target) ** 2).sum((1, 2, 3))
+    assert net.reconstruction_loss(params, images).numpy() == pytest.approx(expected)
+    assert net.mean_image(params).numpy() == pytest.approx((mean + 1) / 2)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("levels,bits", [(2, 1.0), (16, 4.0)])
+def test_a_model_of_zeros_costs_the_uniform_code(kind, levels, bits):
+    net = zeroed(model.VAE((1, 28, 28), levels, kind))
+    rec, kl, bpd = net(levels_like((1, 28, 28), levels, 7))
+    assert rec.item() == pytest.approx(784 * math.log(levels), rel=1e-6) and kl.item() == 0
+    assert bpd.item() == pytest.approx(bits, rel=1e-6)
+
+
+@pytest.mark.parametrize("recon_loss,levels,bits", [("mse", 256, False), ("mse", 2, False), ("bce", 16, False),
+                                                    ("bce", 256, False), ("bce", 2, True), ("categorical", 2, True)])
+def test_bits_per_dimension_only_for_likelihoods_of_discrete_pixels(recon_loss, levels, bits):
+    images = levels_like((1, 8, 8), levels)
+    assert (model.VAE((1, 8, 8), levels, "mlp", 2, recon_loss=recon_loss)(images)[2] is not None) == bits
+    assert model.AE((1, 8, 8), levels, "mlp", 2, recon_loss=recon_loss)(images)[1:] == (0, None)
+
+
+def test_bound_differs_from_the_likelihood_by_the_kl_to_the_true_posterior():
+    """−ELBO = −log p(x) + KL(q(z|x) ‖ p(z|x)), with both integrated numerically over a 1-D latent."""
+    torch.manual_seed(3)
+    net = model.VAE((1, 8, 8), 2, "mlp", latent_size=1, hidden_dims=[16]).double()
+    for parameter in net.parameters():
+        parameter.data *= 2
+    image = levels_like((1, 8, 8), 2, 1)
+    z = torch.linspace(-12, 12, 20_001, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        bernoulli = D.Bernoulli(logits=net.decode(z)).log_prob(image.double()).sum((1, 2, 3))
+        joint = bernoulli + D.Normal(0.0, 1.0).log_prob(z[:, 0])
+        evidence = torch.trapezoid(joint.exp(), z[:, 0]).log()
+        mean, log_std = net.encode(image)
+        q = D.Normal(mean[0], log_std[0].exp()).log_prob(z)[:, 0]
+        gap = torch.trapezoid(q.exp() * (q - (joint - evidence)), z[:, 0])
+        n = 100_000
+        images, noise = image.expand(n, -1, -1, -1), double(n, 1)
+        rec, kl, _ = net(images, noise=noise)
+        spread = net.reconstruction_loss(net.decode(mean + log_std.exp() * noise), images).std() / n ** 0.5
+    assert gap > 0.01
+    assert (rec + kl).item() == pytest.approx((gap - evidence).item(), abs=5 * spread.item())
+
+
+@pytest.mark.parametrize("free_bits", [0.05, 0.5])
+def test_free_bits_have_the_gradient_of_the_clamped_kl_and_report_the_true_one(free_bits):
+    torch.manual_seed(0)
+    net = model.VAE((1, 8, 8), 2, "mlp", 6, hidden_dims=[16], free_bits=free_bits).double()
+    images, noise = levels_like((1, 8, 8), 2, 20), double(20, 6)
+    mean, log_std = net.encode(images)
+    each = D.kl_divergence(D.Normal(mean, log_std.exp()), D.Normal(0.0, 1.0))
+    assert 0 < (each < free_bits).sum() and ((each > free_bits).any() or free_bits > 0.1)
+    clamped = torch.autograd.grad(each.clamp(min=free_bits).sum(1).mean(), net.encoder.parameters())
+    kl = net(images, noise=noise)[1]
+    assert kl.item() == pytest.approx(each.sum(1).mean().item())
+    for ours, expected in zip(torch.autograd.grad(kl, net.encoder.parameters()), clamped):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_losses_are_sums_over_pixels_and_latents_and_means_over_the_batch():
+    net = model.VAE((1, 12, 10), 2, "cnn", 5).double()
+    images, noise = levels_like((1, 12, 10), 2, 6), double(6, 5)
+    each = torch.tensor([[t.item() for t in net(images[i:i + 1], noise=noise[i:i + 1])] for i in range(6)])
+    assert [t.item() for t in net(images, noise=noise)] == pytest.approx(each.mean(0).tolist())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", ["ae", "vae", "conditional"])
+def test_any_shape_trains_a_step_and_comes_back(mode, kind, shape):
+    torch.manual_seed(0)
+    net = model.build({"loss_mode": "ae" if mode == "ae" else "vae", "conditional": mode == "conditional",
+                       "model": kind, "latent_size": 3, "hidden_dims": [20, 10], "num_filters": 4,
+                       "recon_loss": "categorical", "free_bits": 0.0},
+                      {"shape": shape, "levels": 16, "classes": ["a", "b", "c"]}).double()
+    images, labels = levels_like(shape, 16), torch.tensor([0, 1, 2, 1, 0])
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-6)
+    noise = double(5, 3)
+    before, kl, _ = net(images, labels, noise)
+    (before + kl).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert all(p.grad.any() for name, p in net.named_parameters() if name.endswith("weight"))
+    optimizer.step()
+    assert sum(net(images, labels, noise)[:2]) < before + kl
+    drawn, mean = net.sample(5, labels)
+    assert drawn.shape == mean.shape == net.reconstruct(images, labels).shape == (5, *shape)
+    assert drawn.dtype == torch.uint8 and drawn.max() < 16 and 0 <= mean.min() and mean.max() <= 1
+    assert net.decode(net.prior(5), labels).shape == (5, 16 * shape[0], *shape[1:])
+
+
+@pytest.mark.parametrize("levels", [2, 16])
+def test_draws_follow_the_likelihood(levels):
+    net = model.VAE((1, 8, 8), levels, "mlp", 2)
+    params = 2 * torch.randn(1, 1 if levels == 2 else levels, 8, 8)
+    draws = net.draw(params.expand(20_000, -1, -1, -1), torch.Generator().manual_seed(0))
+    probabilities = torch.cat([1 - params.sigmoid(), params.sigmoid()], 1) if levels == 2 else params.softmax(1)
+    for level in range(levels):
+        p = probabilities[0, level]
+        frequency = (draws == level).float().mean(0)[0]
+        assert ((frequency - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt() + 1e-4).all()
+
+
+def test_an_ae_samples_from_the_gaussian_fitted_to_its_latents():
+    torch.manual_seed(0)
+    net = model.AE((1, 8, 8), 256, "mlp", 3, hidden_dims=[16])
+    images = levels_like((1, 8, 8), 256, 1000)
+    net.fit_prior(images.split(300))
+    codes = net.embed(images).detach().numpy()
+    drawn = net.prior(200_000, generator=torch.Generator().manual_seed(0)).numpy()
+    assert drawn.mean(0) == pytest.approx(codes.mean(0), abs=5 * float(codes.std()) / 200_000 ** 0.5)
+    assert np.cov(drawn.T) == pytest.approx(np.cov(codes.T), rel=0.03, abs=0.01 * float(codes.var()))
+    assert model.VAE((1, 8, 8), 256, "mlp", 3).prior(50_000).std(0).tolist() == pytest.approx([1] * 3, abs=0.02)
+
+
+def test_temperature_scales_the_prior_and_a_generator_repeats_it():
+    net = model.VAE((1, 8, 8), 256, "mlp", 3)
+    one, half = (net.prior(9, t, torch.Generator().manual_seed(5)) for t in (1.0, 0.5))
+    assert torch.equal(one / 2, half)
+    assert torch.equal(net.sample(4, generator=utils.stream(1))[0], net.sample(4, generator=utils.stream(1))[0])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_a_conditional_model_uses_the_class_in_encoder_and_decoder(kind):
+    torch.manual_seed(0)
+    net = model.ConditionalVAE((1, 9, 21), 2, kind, 4, num_classes=3)
+    images = levels_like((1, 9, 21), 2, 1)
+    a, b = torch.tensor([0]), torch.tensor([2])
+    assert not torch.equal(net.embed(images, a), net.embed(images, b))
+    z = net.prior(1)
+    assert not torch.equal(net.decode(z, a), net.decode(z, b))
+
+
+def test_log_std_stays_where_exp_is_finite():
+    net = zeroed(model.VAE((1, 8, 8), 2, "mlp", 2))
+    net.encoder.net[-1].bias.data[2:] = torch.tensor([1e6, -1e6])
+    rec, kl, bpd = net(levels_like((1, 8, 8), 2))
+    assert kl.isfinite()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Data
+
+def test_stochastic_binarisation_keeps_black_and_white_and_is_right_between():
+    generator = torch.Generator().manual_seed(0)
+    ramp = torch.arange(256, dtype=torch.uint8).expand(20_000, 256).contiguous()
+    frequency = sum(data.binarize(ramp, generator).double().mean(0) for _ in range(5)) / 5
+    p = torch.arange(256).double() / 255
+    assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 100_000).sqrt()).all()  # exactly at 0 and 255
+    # An end is wrong once in 65,536 draws where the comparison is off by one: look at millions.
+    assert not data.binarize(torch.zeros(4_000_003, dtype=torch.uint8), generator).any()
+    assert data.binarize(torch.full((4_000_003,), 255, dtype=torch.uint8), generator).all()
+
+
+def test_quantisation():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.quantize(pixels, 256), pixels)
+    assert torch.equal(data.quantize(pixels, 2), (pixels.double() / 255 > 0.5).byte())
+    # ⌊16 x⌋ with 16 → 15, for x = pixel / 256 (the 8-bit pixel as the lower end of its interval)
+    assert torch.equal(data.quantize(pixels, 16), (16 * pixels.double() / 256).floor().clamp(max=15).byte())
+
+
+def test_glyphs(tmp_path):
+    first = data.load("glyphs", tmp_path)
+    assert [len(s) for s in (first.train, first.val, first.test)] == [54_000, 6_000, 10_000]
+    assert first.shape == (1, 28, 28) and first.classes == list("0123456789") and first.levels == 256
+    again = data.load("glyphs", tmp_path, levels=2, limit=100)  # from the cache
+    assert torch.equal(again.train.images, (first.train.images[:100] > 127).byte())
+    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(42))
+    images, labels, _, _ = data.make_glyphs()
+    assert torch.equal(first.val.images, torch.from_numpy(images)[order[54_000:]])
+    assert torch.equal(first.train.labels, torch.from_numpy(labels)[order[:54_000]])
+    assert (torch.bincount(first.train.labels) > 5000).all()
+    means = first.train.images.float().flatten(1)
+    centres = torch.stack([means[first.train.labels == digit].mean(0) for digit in range(10)])
+    nearest = torch.cdist(first.test.images.float().flatten(1), centres).argmin(1)
+    assert (nearest == first.test.labels).float().mean() > 0.5  # the labels are those of the pictures
+
+
+def test_stochastic_val_and_test_are_one_fixed_draw_and_train_a_fresh_one(folder, tmp_path):
+    a, b = (data.load(str(folder), tmp_path, levels=2, binarize="stochastic") for _ in range(2))
+    assert torch.equal(a.val.images, b.val.images) and a.val.images.max() == 1
+    assert torch.equal(a.test.images, b.test.images) and a.test.images.max() == 1
+    index = torch.arange(50)
+    first, second = (a.train.batch(index, 1, "binarize", step)[0] for step in (1, 2))
+    assert first.max() == 1 and not torch.equal(first, second)
+    assert torch.equal(first, a.train.batch(index, 1, "binarize", 1)[0])
+
+
+def write_idx(root, n=(50, 20)):
+    """MNIST's files, small, with images that tell their number."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, count in zip(("train", "t10k"), n):
+        images = np.arange(count * 784).reshape(count, 28, 28).astype(np.uint8) ^ np.arange(count)[:, None, None].astype(np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
+
+
+def test_mnist_is_read_split_and_resized(tmp_path):
+    write_idx(tmp_path)
+    mnist = data.load("mnist", tmp_path)
+    assert [len(s) for s in (mnist.train, mnist.val, mnist.test)] == [45, 5, 20]
+    assert mnist.classes == list("0123456789") and torch.equal(mnist.test.labels, torch.arange(20) % 10)
+    assert len(data.load("mnist", tmp_path, limit=7).train) == 7
+    small = data.load("mnist", tmp_path, image_size=(14, 21), transform="grayscale3")
+    assert small.shape == (3, 14, 21) and torch.equal(small.val.images[:, 0], small.val.images[:, 2])
+    assert [len(small.train), len(small.val)] == [45, 5]
+
+
+def picture(path, size=(10, 8), mode="L", seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    channels = {"L": (), "P": (), "RGB": (3,), "RGBA": (4,), "CMYK": (4,), "I;16": ()}[mode]
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels)).astype(np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(values.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(values if mode != "P" else np.stack([values] * 3, -1))
+        image = image.convert("P") if mode == "P" else image if mode in ("L", "RGB", "RGBA") else \
+            Image.frombytes("CMYK", size, values.tobytes())
+    image.save(path, **options)
+    return values
+
+
+def test_a_folder_of_classes_keeps_its_labels(tmp_path):
+    stored = {}
+    for i in range(30):
+        stored[picture(tmp_path / "in" / "abc"[i % 3] / f"{i}.png", seed=i).tobytes()] = i % 3
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert read.classes == ["a", "b", "c"] and read.shape == (1, 8, 10)
+    assert [len(s) for s in (read.train, read.val, read.test)] == [24, 3, 3]
+    found = [(image.numpy().tobytes(), label.item()) for s in (read.train, read.val, read.test)
+             for image, label in zip(s.images, s.labels)]
+    assert dict(found) == stored and len(found) == 30
+
+
+def test_a_flat_folder_and_one_with_train_and_test(tmp_path):
+    for i in range(20):
+        picture(tmp_path / "flat" / f"{i}.jpg", mode="RGB", seed=i)
+        picture(tmp_path / "two" / "train" / f"{i}.png", seed=i)
+    test = picture(tmp_path / "two" / "test" / "x.png", seed=99)
+    flat, two = data.load(str(tmp_path / "flat"), tmp_path), data.load(str(tmp_path / "two"), tmp_path)
+    assert flat.classes == [] and flat.shape == (3, 8, 10) and len(flat.test) == 2
+    assert [len(s) for s in (two.train, two.val, two.test)] == [18, 2, 1]
+    assert np.array_equal(two.test.images[0, 0].numpy(), test)
+
+
+def test_a_changed_folder_is_noticed(tmp_path):
+    for i in range(20):
+        picture(tmp_path / "in" / f"{i:02d}.png", seed=i)
+    before = data.load(str(tmp_path / "in"), tmp_path)
+    assert torch.equal(before.train.images, data.load(str(tmp_path / "in"), tmp_path).train.images)
+    picture(tmp_path / "in" / "20.png", seed=20)
+    assert sum(len(s) for s in vars(data.load(str(tmp_path / "in"), tmp_path)).values()
+               if isinstance(s, data.Split)) == 21
+    changed = picture(tmp_path / "in" / "20.png", seed=21)
+    os.utime(tmp_path / "in" / "20.png", ns=(1, 1))
+    after = data.load(str(tmp_path / "in"), tmp_path)
+    assert any(np.array_equal(image[0], changed) for s in (after.train, after.val, after.test) for image in s.images)
+
+
+def test_images_of_every_kind_in_one_folder(tmp_path, capsys):
+    for i, (mode, suffix) in enumerate([("L", "png"), ("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg"),
+                                        ("I;16", "png"), ("L", "jpeg"), ("RGB", "webp"), ("L", "bmp"), ("RGB", "tiff"),
+                                        ("L", "png"), ("L", "png")]):
+        picture(tmp_path / "in" / f"{i:02d}.{suffix}", mode=mode, seed=i)
+    (tmp_path / "in" / "empty.png").touch()
+    whole = (tmp_path / "in" / "06.jpeg").read_bytes()
+    (tmp_path / "in" / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert read.shape == (3, 8, 10) and len(read.train) + len(read.val) + len(read.test) == 12
+    said = capsys.readouterr().err
+    assert "empty.png" in said and "cut.jpg" in said and "2 of 14" in said
+    sixteen = data.to_array(tmp_path / "in" / "05.png", None)
+    assert np.array_equal(sixteen, np.random.default_rng(5).integers(0, 256, (8, 10)))
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert (data.to_array(tmp_path / "clear.png", None) == 255).all()  # transparent is white, not hidden red
+
+
+def test_image_size_covers_and_crops_at_the_centre(tmp_path):
+    wide = np.zeros((10, 40), np.uint8)
+    wide[:, 15:25] = 200
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert (data.to_array(tmp_path / "wide.png", (10, 10)) == 200).all()
+    assert data.to_array(tmp_path / "wide.png", (12, 20)).shape == (12, 20)
+
+
+def test_transforms(tmp_path):
+    colour = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 10, 10]], dtype=torch.uint8)[:, :, None, None]
+    assert data.grey(colour, "grayscale").flatten().tolist() == [76, 150, 29, 10]  # ITU-R BT.601
+    assert data.grey(colour, "grayscale3").shape == (4, 3, 1, 1) and data.grey(colour, "none") is colour
+    assert data.grey(colour[:, :1], "grayscale3").shape == (4, 3, 1, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+def test_a_run_leaves_its_files(folder, workplace):
+    rows, test = fit(folder, "--levels=2", epochs=3)
+    results = workplace / "results" / "run"
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and tuple(rows[0]) == utils.COLUMNS
+    for name in ("curves.png", "samples_003.png", "reconstructions_003.png"):
+        with Image.open(results / name) as image:
+            assert min(image.size) > 100
+    assert list(results.glob("events.out.*"))
+    last, best = (utils.load_checkpoint(workplace / "checkpoints" / "run" / f"{n}.pt") for n in ("last", "best"))
+    assert last["epoch"] == 3 and last["step"] == 3 * 10 and len(last["history"]) == 3
+    losses = [float(row["val_loss"]) for row in rows]
+    assert best["epoch"] == 1 + losses.index(min(losses)) == test["epoch"] and best["best"] == min(losses)
+    for row in rows:
+        assert float(row["val_loss"]) == pytest.approx(float(row["val_rec"]) + float(row["val_kl"]))
+        assert float(row["val_bpd"]) == pytest.approx(float(row["val_loss"]) / LN2 / 784)
+
+
+def test_test_figures_are_those_of_the_best_checkpoint(folder, workplace):
+    _, test = fit(folder, "--levels=2")
+    net, state = infer.restore(workplace / "checkpoints" / "run" / "best.pt", "cpu")
+    split = data.load(str(folder), "data", levels=2).test
+    mean, log_std = net.encode(split.images)
+    kl = D.kl_divergence(D.Normal(mean, log_std.exp()), D.Normal(0.0, 1.0)).sum(1).mean()
+    assert test["test_kl"] == pytest.approx(kl.item(), rel=1e-5)
+    assert test["active_units"] == int((mean.var(0) > 0.01).sum())
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(folder, workplace):
+    def numbers(*flags):
+        rows, test = fit(folder, "--levels=2", "--binarize=stochastic", *flags)
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], test
+    torch.manual_seed(123)
+    first = numbers("--seed=7")
+    torch.rand(10)
+    assert first == numbers("--seed=7") and first != numbers("--seed=8")
+
+
+def test_annealing(folder, workplace):
+    rows, test = fit(folder, "--beta_mode=linear", "--target_beta_val=0.8", "--levels=2", epochs=4)
+    assert [float(row["beta"]) for row in rows] == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert rows[0]["beta"] == "0.0" and test["epoch"] > 1
+    for row in rows:  # the loss that ranks epochs is always at the target
+        for part in ("train", "val"):
+            assert float(row[f"{part}_loss"]) == pytest.approx(
+                float(row[f"{part}_rec"]) + 0.8 * float(row[f"{part}_kl"]))
+
+
+def test_an_ae_reports_what_it_has(folder, workplace, capsys):
+    rows, test = fit(folder, "--loss_mode=ae")
+    assert all(row[name] == "" for row in rows for name in ("beta", "train_kl", "val_kl", "train_bpd", "val_bpd"))
+    assert set(test) == {"epoch", "test_loss", "test_rec"} and " kl " not in capsys.readouterr().out
+    infer.main([])
+    assert (workplace / "results" / "run" / "samples.png").exists()
+
+
+def test_training_learns_and_grad_clip_bites(folder, workplace):
+    rows, _ = fit(folder, "--levels=2", "--lr=3e-3", epochs=6)
+    assert float(rows[-1]["val_loss"]) < 0.6 * 784 * LN2
+    clipped, _ = fit(folder, "--levels=2", "--lr=3e-3", "--grad_clip=1e-9", epochs=2)
+    assert clipped[1]["val_loss"] != rows[1]["val_loss"]
+
+
+def test_collapse_is_reported(folder, workplace, capsys):
+    fit(folder, "--target_beta_val=1000")
+    said = capsys.readouterr().out
+    assert "collapsed" in said and all(flag in said for flag in ("--beta_mode linear", "--target_beta_val", "--free_bits"))
+    fit(folder, "--target_beta_val=0.01", "--free_bits=1", epochs=5)
+    assert "collapsed" not in capsys.readouterr().out
+
+
+def test_free_bits_keep_the_kl_up(folder, workplace):
+    _, low = fit(folder, "--target_beta_val=20", "--levels=2", epochs=4)
+    _, high = fit(folder, "--target_beta_val=20", "--levels=2", "--free_bits=0.5", epochs=4)
+    assert high["test_kl"] > low["test_kl"] + 0.5
+
+
+def test_several_seeds(folder, workplace, capsys):
+    train.main([f"--dataset={folder}", "--model=mlp", "--hidden_dims=16", "--epochs=1", "--seeds", "1", "2", "3",
+                "--log_dir=many", "--results_dir=out/results", "--checkpoint_dir=out/checkpoints"])
+    values = [json.loads((workplace / f"out/results/many/seed_{s}/test.json").read_text())["test_loss"] for s in (1, 2, 3)]
+    with open(workplace / "out/results/many/seeds.csv") as file:
+        rows = {row["figure"]: row for row in csv.DictReader(file)}
+    assert len(set(values)) == 3
+    assert float(rows["test_loss"]["mean"]) == pytest.approx(np.mean(values))
+    assert float(rows["test_loss"]["std"]) == pytest.approx(np.std(values, ddof=1))
+    assert "±" in capsys.readouterr().out
+
+
+def test_names_are_numbered_when_taken(folder, workplace):
+    for _ in range(2):
+        train.main([f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1"])
+    name = f"vae_{folder.name}_mlp"
+    assert {path.name for path in (workplace / "results").iterdir()} == {name, name + "_2"}
+
+
+@pytest.mark.parametrize("flags", [["--levels=2"], ["--recon_loss=bce"], ["--loss_mode=ae", "--model=cnn"],
+                                   ["--latent_size=2", "--levels=16", "--model=cnn"]], ids=str)
+def test_infer_twice_is_the_same_to_the_byte(folder, workplace, flags):
+    fit(folder, *flags)
+    pictures = []
+    for out in ("a", "b"):
+        infer.main(["--results_dir", out])
+        pictures.append({path.name: path.read_bytes() for path in (workplace / out / "run").iterdir()})
+    assert pictures[0] == pictures[1]
+    expected = {"samples.png", "reconstructions.png", "interpolations.png"}
+    expected |= {"manifold.png"} if "--latent_size=2" in flags else set()
+    expected |= {"samples_drawn.png"} if any("levels" in flag for flag in flags) else set()
+    assert set(pictures[0]) == expected
+
+
+def test_infer_conditional_draws_only_the_classes_asked_for(folder, workplace, capsys, monkeypatch):
+    fit(folder, "--conditional")
+    seen = []
+    decode = model.ConditionalVAE.decode
+    monkeypatch.setattr(model.ConditionalVAE, "decode", lambda self, z, labels: seen.append((z, labels)) or
+                        decode(self, z, labels))
+    infer.main(["--only", "classes", "--classes", "3", "7"])
+    z, labels = seen[0]
+    assert labels.view(2, -1).tolist() == [[3] * 10, [7] * 10] and torch.equal(z[:10], z[10:])
+    infer.main(["--only", "samples", "--classes", "3", "7", "--num_samples", "9"])
+    assert set(seen[1][1].tolist()) == {3, 7}
+    infer.main([])
+    capsys.readouterr()
+    assert outcome(infer.main, ["--classes", "11"], capsys) == \
+        (1, f"{Path(sys.argv[0]).name}: --classes: there is no 11, only 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n")
+
+
+def test_infer_without_the_dataset_draws_what_needs_none(folder, workplace, capsys):
+    copy = workplace / "images"
+    shutil.copytree(folder, copy)
+    fit(copy)
+    shutil.rmtree(copy)
+    infer.main(["--results_dir", "elsewhere"])
+    assert {path.name for path in (workplace / "elsewhere/run").iterdir()} == {"samples.png"}
+    said = capsys.readouterr().err
+    assert "left out reconstructions" in said and "images" in said
+
+
+def test_scripts_start_as_commands_and_help_names_every_default(workplace, folder):
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
+    def script(*words):
+        return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
+    helped = script(HERE / "train.py", "--help")
+    assert helped.returncode == 0 and all(g in helped.stdout for g in ("data:", "model:", "objective:", "optimisation:"))
+    options = [line for line in helped.stdout.splitlines() if line.startswith("  --")]
+    assert len(options) > 25 and helped.stdout.count("(default: ") == len(options)
+    made = script(HERE / "train.py", "--dataset", folder, "--epochs", "1", "--model", "mlp", "--limit", "64")
+    assert made.returncode == 0 and made.stderr == "" and "epoch 1/1" in made.stdout  # and no bar where no terminal is
+    drawn = script(HERE / "infer.py")
+    assert drawn.returncode == 0 and "samples.png" in drawn.stdout
+    wrong = script(HERE / "train.py", "--lr", "-1")
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1 and "--lr" in wrong.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A user's mistakes
+
+@pytest.mark.parametrize("flags,said", [
+    ("--latent_size 0", "--z_dim: '0'"), ("--lr -1", "--lr: '-1'"), ("--lr nan", "--lr: 'nan'"), ("--lr 0", "--lr"),
+    ("--epochs 0", "--epochs"), ("--epochs 1.5", "whole number"), ("--batch_size 0", "--batch_size"),
+    ("--target_beta_val -1", "--target_beta_val: '-1'"), ("--target_beta_val inf", "finite"), ("--seed -1", "--seed"),
+    ("--grad_clip -1", "--grad_clip"), ("--levels 3", "--levels"), ("--hidden_dims 0", "--hidden_dims"),
+    ("--hidden_dims 64 x", "--hidden_dims"), ("--free_bits -1", "--free_bits"), ("--limit 0", "--limit"),
+    ("--beta_mode cosine", "'cyclical'"), ("--dataset nosuch", "glyphs, mnist, fashion_mnist, kmnist, cifar10"),
+    ("--log_dir ../x", "../x"), ("--log_dir /x", "/x"), ("--log_dir a//b", "a//b"), ("--log_dir .", "'.'"),
+    ("--num_filters 0", "--num_filters"), ("--weight_decay -1", "--weight_decay"), ("--image_size 4", "--image_size"),
+    ("--image_size 8 8 8", "--image_size"), ("--seeds 1 1", "--seeds"), ("--device tpu", "cpu"),
+    ("--binarize stochastic", "--levels 2"), ("--loss_mode ae --conditional", "--conditional"),
+    ("--loss_mode ae --free_bits 1", "--free_bits"), ("--nosuch 1", "--nosuch"), ("--latent 3", "--latent"),
+    ("--recon_loss l1", "mse"), ("--model vit", "mlp"), ("--transform sepia", "grayscale3"), ("surplus", "surplus")])
+def test_a_wrong_command_line_is_one_line_and_status_2(flags, said, workplace, capsys):
+    status, error = outcome(train.main, flags.split(), capsys)
+    assert status == 2 and error.count("\n") == 1 and said in error
+    assert not list(workplace.iterdir())
+
+
+@pytest.mark.parametrize("flags,said", [
+    ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"), ("--num_samples 0", "--num_samples"),
+    ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"), ("--seed x", "--seed")])
+def test_a_wrong_command_line_of_infer(flags, said, workplace, capsys):
+    status, error = outcome(infer.main, flags.split(), capsys)
+    assert status == 2 and error.count("\n") == 1 and said in error
+
+
+def bad_inputs(case, workplace):
+    """→ the script's main, its arguments, what the message says."""
+    images, ckpt = workplace / "images", workplace / "x.pt"
+    images.mkdir()
+    if case == "an empty folder":
+        return train.main, ["--dataset", images], "holds no images"
+    if case == "a folder of text files":
+        (images / "a.txt").write_text("a")
+        return train.main, ["--dataset", images], "holds no images"
+    if case == "unreadable images":
+        (images / "a.png").write_text("a")
+        return train.main, ["--dataset", images], "none of its 1 image files"
+    if case == "too few images":
+        picture(images / "a.png")
+        return train.main, ["--dataset", images], "ten or more"
+    if case in ("two sizes", "conditional without classes", "tiny images"):
+        for i in range(20):
+            picture(images / f"{i}.png", (9, 9 + (i % 2 and case == "two sizes")) if case != "tiny images" else (5, 9))
+        if case == "two sizes":
+            return train.main, ["--dataset", images], "9x9 and 9x10"
+        return train.main, ["--dataset", images] + ["--conditional"] * (case != "tiny images"), \
+            "no classes" if case != "tiny images" else "too small"
+    if case == "train and test of other classes":
+        picture(images / "train" / "a" / "1.png"), picture(images / "test" / "b" / "1.png")
+        return train.main, ["--dataset", images], "different classes"
+    if case == "no network":
+        return train.main, ["--dataset", "kmnist"], "KMNIST/raw"
+    if case == "a results folder that cannot be made":
+        (workplace / "file").write_text("")
+        for i in range(20):
+            picture(images / f"{i}.png", seed=i)
+        return train.main, ["--dataset", images, "--results_dir", "file/results"], "cannot be written"
+    if case == "a text file":
+        ckpt.write_text("not a checkpoint")
+    elif case == "a checkpoint of another program":
+        torch.save({"state_dict": {}}, ckpt)
+    elif case == "pickled code":
+        torch.save({"format": utils.FORMAT, "args": os.getcwd}, ckpt)
+    elif case == "a checkpoint without a model":
+        utils.save_checkpoint(ckpt, {"args": {}, "data": {}})
+    elif case in ("a flipped bit", "a cut file"):
+        utils.save_checkpoint(ckpt, {"model": {"w": torch.randn(1000)}})
+        content = bytearray(ckpt.read_bytes())
+        content[len(content) // 2] ^= 1
+        ckpt.write_bytes(content if case == "a flipped bit" else content[:len(content) // 2])
+    return infer.main, ["--ckpt", ckpt], {"a flipped bit": "checksum", "a cut file": "cut short"}.get(case, "this project")
+
+
+@pytest.mark.parametrize("case", [
+    "an empty folder", "a folder of text files", "unreadable images", "too few images", "two sizes",
+    "conditional without classes", "tiny images", "train and test of other classes", "no network",
+    "a results folder that cannot be made", "a text file", "a checkpoint of another program", "pickled code",
+    "a checkpoint without a model", "a flipped bit", "a cut file"])
+def test_bad_input_is_one_line_and_status_1(case, workplace, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("Network is unreachable")
+    monkeypatch.setattr("socket.socket.connect", refuse)  # also where there is a network
+    main, argv, said = bad_inputs(case, workplace)
+    before = {path for path in workplace.rglob("*") if "data" not in path.parts}
+    status, error = outcome(main, argv, capsys)
+    assert status == 1 and said in error and "Traceback" not in error
+    assert error.count("\n") == 1 or case == "unreadable images"  # which also names them
+    assert {path for path in workplace.rglob("*") if "data" not in path.parts} == before
+
+
+def test_a_run_is_not_overwritten_unasked(folder, workplace, capsys):
+    fit(folder)
+    before = (workplace / "checkpoints/run/best.pt").read_bytes()
+    status, error = outcome(train.main, ["--dataset", folder, "--log_dir", "run"], capsys)
+    assert status == 2 and "--overwrite" in error
+    assert (workplace / "checkpoints/run/best.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(folder, workplace, capsys):
+    status, error = outcome(train.main, ["--dataset", folder, "--lr", "1e30", "--model", "mlp", "--epochs", "2"], capsys)
+    assert status == 1 and "not finite" in error and "--lr" in error
+    assert not list(workplace.rglob("*.pt"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Real data
+
+@pytest.mark.skipif(not (HERE / "data/MNIST/raw/train-images-idx3-ubyte").exists(), reason="data/MNIST is not here")
+@pytest.mark.parametrize("kind,bound", [("mlp", 110), ("cnn", 105)])
+def test_mnist_in_five_epochs(kind, bound, workplace):
+    train.main(["--dataset=mnist", f"--data_dir={HERE / 'data'}", "--levels=2", f"--model={kind}", "--epochs=5",
+                "--log_dir=run"])
+    best = utils.load_checkpoint(workplace / "checkpoints/run/best.pt")
+    assert best["best"] < bound and best["data"]["shape"] == [1, 28, 28]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
