@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import UserError, stream
+from utils import UserError, one_line, stream
 
 NAMED = {  # name → (class in torchvision.datasets, where its files can be put by hand)
     "mnist": ("MNIST", "MNIST/raw"),
@@ -201,7 +202,7 @@ def read_named(dataset, data_dir, download):
             parts = [getattr(torchvision.datasets, name)(data_dir, train=train, download=download)
                      for train in (True, False)]
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error)
         raise UserError(f"{dataset} could not be {'fetched' if download else 'read'} ({reason}): put its files into "
                         f"{folder.resolve()}, or use --dataset glyphs, which needs no network")
     finally:
@@ -237,7 +238,10 @@ def read_folder(root, data_dir, image_size, progress_bar):
         raise UserError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))}), neither flat nor in a folder a class")
     signature = hashlib.sha256(repr([image_size, classes, len(parts[0][0])]).encode())
     for path, label in files:  # a file that is new, gone or changed makes another cache
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError:  # a link to nowhere or to itself: decode will name it
+            continue
         signature.update(f"{os.fspath(path)!r} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
     key = f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}-{signature.hexdigest()[:16]}"
     images, labels, first_test = cached(data_dir, key, lambda: decode(root, files, len(parts[0][0]), image_size,
@@ -251,9 +255,9 @@ def list_images(root):
     def inside(folder):
         return sorted(Path(where) / name for where, _, names in os.walk(folder) for name in names
                       if Path(name).suffix.lower() in SUFFIXES)
-    folders = {folder.name: inside(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
+    folders = {printable(folder.name): inside(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
     folders = {name: files for name, files in folders.items() if files}
-    flat = sorted(path for path in root.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
+    flat = sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES and not path.is_dir())
     if not folders:
         return [(path, 0) for path in flat], []
     if flat:
@@ -267,12 +271,15 @@ def decode(root, files, n_train, image_size, progress_bar):
     One channel where every file is grey, three otherwise. Raises UserError where the sizes differ and image_size does
     not say to which size they should go, or where no file can be read.
     """
+    from PIL import Image
+
     def read(path):
         try:
             return to_array(path, image_size)
         except Exception as error:  # a damaged file may raise anything
-            return str(error).splitlines()[0] if str(error) else type(error).__name__
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return one_line(error)
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         arrays = list(tqdm(pool.map(read, (path for path, _ in files)), "decoding", len(files), leave=False,
                            disable=not progress_bar))
     bad = [(path, array) for (path, _), array in zip(files, arrays) if isinstance(array, str)]

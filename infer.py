@@ -9,7 +9,7 @@ import torch
 from data import load
 from model import build
 from utils import (ArgumentParser, UserError, call, default_device, device_type, interleave, load_checkpoint, number,
-                   save_grid, save_picture, stream, visualize_manifold)
+                   one_line, save_grid, save_picture, stream, visualize_manifold)
 
 
 def parse_args(argv=None):
@@ -50,7 +50,7 @@ def restore(path, device):
         model = build(state["args"], state["data"])
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold a model of this project ({str(error).splitlines()[0]})")
+        raise UserError(f"{path} does not hold a model of this project ({one_line(error)})")
     return model.to(device).eval(), state
 
 

@@ -1,11 +1,15 @@
 """Train an AE, a VAE or a conditional VAE on small images: python train.py --help"""
 
+import argparse
+import contextlib
 import math
+import re
+import shlex
 import statistics
 import sys
 import tempfile
 import time
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -13,12 +17,15 @@ from tqdm import tqdm
 
 from data import DATASETS, load
 from model import DEFAULT_LOSS, build
-from utils import (ArgumentParser, RunLog, UserError, active_units, beta_schedule, call, default_device, device_type,
-                   interleave, load_checkpoint, number, run_name, save_checkpoint, save_grid, stream, stream_seed, write_csv,
-                   write_json)
+from utils import (ArgumentParser, RunLog, Signals, UserError, active_units, beta_schedule, call, default_device,
+                   device_type, interleave, is_whole, load_checkpoint, locked, number, one_line, run_name,
+                   save_checkpoint, save_grid, stream, stream_seed, write_csv, write_json)
+
+WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
 
 
 def parse_args(argv=None):
+    """→ the arguments, and the checkpoint to go on from (None for a new run)."""
     parser = ArgumentParser(description="Train an AE, a VAE or a conditional VAE on small images.")
     default = "(default: %(default)s)"
 
@@ -79,10 +86,21 @@ def parse_args(argv=None):
     run.add_argument("--seeds", type=number(int, 0), nargs="+", metavar="N",
                      help="a run for each seed, then mean ± standard deviation (default: --seed alone)")
     run.add_argument("--device", type=device_type, default=default_device(), help=default)
-    run.add_argument("--progress_bar", action=BooleanOptionalAction, default=sys.stderr.isatty(),
+    run.add_argument("--progress_bar", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
                      help="(default: on a terminal only)")
 
-    args = parser.parse_args(argv)
+    run.add_argument("--resume", type=Path, metavar="FILE",
+                     help="go on with the run of this checkpoint, whose arguments hold (default: a new run)")
+    run.add_argument("--save_every", type=number(float, 0), default=60.0, metavar="SECONDS",
+                     help=f"save last.pt this often, besides at the end of each epoch {default}")
+
+    unset = object()
+    defaults = vars(parser.parse_args([]))
+    given = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults, unset))))
+    given = {name: value for name, value in given.items() if value is not unset}
+    if "resume" in given:
+        return resume_args(parser, defaults, given)
+    args = Namespace(**{**defaults, **given})
     if args.dataset not in DATASETS and not Path(args.dataset).is_dir():
         parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} nor a folder")
     if args.image_size:
@@ -103,37 +121,82 @@ def parse_args(argv=None):
         for name in [args.log_dir, *(f"{args.log_dir}/seed_{seed}" for seed in args.seeds or ())]:
             for folder in (Path(args.results_dir) / name, Path(args.checkpoint_dir) / name):
                 if holds_run(folder):
-                    parser.error(f"argument --log_dir: {folder} holds a run already; take another name, or --overwrite"
-                                 " to replace it")
-    return args
+                    parser.error(f"argument --log_dir: {folder} holds a run already; {WAYS_ON}")
+    return args, None
+
+
+def resume_args(parser, defaults, given):
+    """→ the arguments of the run to go on with, its checkpoint."""
+    path = given.pop("resume")
+    if not path.is_file():
+        parser.error(f"argument --resume: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; only a file "
+                     "such as checkpoints/NAME/last.pt")
+    for name in given:
+        if name not in ("data_dir", "save_every", "progress_bar", "device", "epochs"):
+            parser.error(f"argument --{name}: not beside --resume, which keeps the run's own; only --data_dir, "
+                         "--save_every, --progress_bar, --device and a larger --epochs")
+    try:
+        resumed = load_checkpoint(path)
+    except UserError as error:
+        others = [str(other) for other in sorted(path.parent.glob("*.pt")) if other != path and is_whole(other)]
+        raise UserError(f"{error}; " + (f"whole, and good for --resume: {', '.join(others)}" if others else
+                                        f"nothing else in {path.parent} can be resumed"))
+    args = Namespace(**{**defaults, **resumed["args"], "resume": None, "overwrite": False, "progress_bar":
+                        defaults["progress_bar"], **given})
+    before = resumed["args"]["epochs"]
+    if args.epochs < before or (args.epochs > before and args.beta_mode != "constant"):
+        parser.error(f"argument --epochs: {args.epochs} is not allowed beside --resume, only " + (
+            f"{before} or more" if args.beta_mode == "constant" else f"{before}, on which --beta_mode depends"))
+    began = resumed["args"]["device"]
+    try:
+        device_type(args.device)
+    except argparse.ArgumentTypeError:
+        parser.error(f"argument --device: the run began on {began}, which is not on this machine; --device "
+                     f"{default_device()} goes on, though not to the same last bit")
+    if args.device != began:
+        print(f"--device {args.device}: the run began on {began}, so it will not end with the same last bit as without "
+              "the change", file=sys.stderr)
+    folder, name = path.resolve().parent, Path(args.log_dir)
+    if folder.parts[-len(name.parts):] == name.parts:  # the run's folder is where the file is, though it was moved
+        if folder != (Path(args.checkpoint_dir) / name).resolve():
+            args.checkpoint_dir = str(Path(*folder.parts[:-len(name.parts)]))
+    return args, resumed
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # The two loops
 
-def train_epoch(model, data, optimizer, args, epoch, beta):
-    """One pass over the training images in a new order → the epoch's mean rec, kl, bpd (see AE.forward)."""
+def train_epoch(model, data, optimizer, args, state, beta, tick):
+    """The rest of one pass over the training images in a new order → the pass's mean rec, kl, bpd (see AE.forward).
+
+    Counts steps in state["step"] and adds up the means' sums in state["sums"], so that it can stop after any step
+    (where `tick` raises or the process dies) and go on from the same one.
+    """
     model.train()
-    order = torch.randperm(len(data.train), generator=stream(args.seed, "order", epoch)).split(args.batch_size)
-    sums = 0
-    for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", leave=False, disable=not args.progress_bar),
-                                 start=epoch * len(order)):
-        images, labels = data.train.batch(index, args.seed, "binarize", step)
+    order = torch.randperm(len(data.train), generator=stream(args.seed, "order", state["epoch"])).split(args.batch_size)
+    done = state["step"] - state["epoch"] * len(order)
+    for index in tqdm(order[done:], f"epoch {state['epoch'] + 1}", len(order), initial=done, leave=False,
+                      disable=not args.progress_bar):
+        images, labels = data.train.batch(index, args.seed, "binarize", state["step"])
         noise = torch.randn(len(images), args.latent_size, device=images.device,
-                            generator=stream(args.seed, "noise", step, device=images.device))
+                            generator=stream(args.seed, "noise", state["step"], device=images.device))
         terms = model(images, labels, noise)
         loss = terms[0] + beta * terms[1]
+        if loss.device.type == "cpu" and not loss.isfinite():  # elsewhere a look at each step would stall the device
+            raise FloatingPointError
         optimizer.zero_grad()
         loss.backward()
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-        sums += weighted(terms, len(images))
-    return means(sums, len(data.train))
+        state["sums"] = state["sums"] + weighted(terms, len(images))
+        state["step"] += 1
+        tick()
+    return means(state["sums"], len(data.train))
 
 
 @torch.no_grad()
-def test_epoch(model, split, args, purpose):
+def test_epoch(model, split, args, purpose, tick):
     """One pass over a split, with the same noise each time → its mean rec, kl, bpd."""
     model.eval()
     sums = 0
@@ -141,7 +204,8 @@ def test_epoch(model, split, args, purpose):
         images, labels = split.batch(index)
         noise = torch.randn(len(images), args.latent_size, device=images.device,
                             generator=stream(args.seed, purpose, step, device=images.device))
-        sums += weighted(model(images, labels, noise), len(images))
+        sums = sums + weighted(model(images, labels, noise), len(images))
+        tick()
     return means(sums, len(split))
 
 
@@ -151,74 +215,146 @@ def weighted(terms, n):
 
 
 def means(sums, n):
+    """Raises FloatingPointError where a mean is not finite."""
+    if not sums.isfinite().all():
+        raise FloatingPointError
     return dict(zip(("rec", "kl", "bpd"), (sums / n).tolist()))
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # A run
 
-def run(args, data):
-    """Train one model and leave its files → the figures of test.json."""
+def run(args, data, resumed=None):
+    """Train one model and leave its files → the figures of test.json.
+
+    resumed: the checkpoint from which to go on, as load_checkpoint gives it; None starts anew
+    """
+    check(args, data, resumed)
+    torch.manual_seed(stream_seed(args.seed, "weights"))
+    model = build(vars(args), about(data)).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                                  fused=args.device != "mps")
+    state = {"epoch": 0, "step": 0, "sums": torch.zeros(()), "best": math.inf, "history": [], "elapsed": 0.0}
+    if resumed:
+        state = restore(model, optimizer, resumed, state)
+    state["sums"] = state["sums"].to(args.device)
+    beta_of = beta_schedule(args.beta_mode, args.target_beta_val, args.epochs)
+    with claimed(args, resumed) as (results, checkpoints), Signals() as signals:
+        print(f"{args.log_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{'x'.join(map(str, data.shape))} pixels of {data.levels} levels, "
+              f"{' + '.join(f'{n:,}' for n in about(data)['images'])} images, {args.device}"
+              + (f"; goes on after step {state['step']:,}" if resumed else ""), flush=True)
+        log, saved, start = RunLog(results, state["history"]), time.monotonic(), time.monotonic() - state["elapsed"]
+
+        def save(*names):
+            nonlocal saved
+            if not all(value.isfinite().all() for value in model.state_dict().values()):
+                raise FloatingPointError
+            state["elapsed"] = time.monotonic() - start
+            for name in names:
+                save_checkpoint(checkpoints / name, {"args": vars(args), "data": about(data), "model": model.state_dict(),
+                                                     "optimizer": optimizer.state_dict(), **state})
+            saved = time.monotonic()
+
+        def tick():
+            """After each step: save when it is time to, and leave when a signal asks for it."""
+            if state["epoch"] < args.epochs and (signals.received or time.monotonic() - saved >= args.save_every):
+                save("last.pt")
+            if signals.received:
+                print(f"stopped after step {state['step']:,}; to go on:\n"
+                      f"python train.py --resume {shlex.quote(str(checkpoints / 'last.pt'))}", flush=True)
+                sys.exit(128 + signals.received)
+
+        try:
+            if resumed and not is_whole(checkpoints / "best.pt"):  # only last.pt was kept: it is the best known
+                save("best.pt")
+            while state["epoch"] < args.epochs:
+                beta = beta_of(state["epoch"])
+                row = run_epoch(model, data, optimizer, args, state, beta, tick)
+                row["seconds"], start = round(time.monotonic() - start, 3), time.monotonic()
+                improved = row["val_loss"] < state["best"]
+                state |= {"epoch": row["epoch"], "sums": torch.zeros((), device=args.device),
+                          "best": min(state["best"], row["val_loss"]), "history": [*state["history"], row]}
+                log.epoch(state["history"], lambda: draw_epoch(model, data, args, row["epoch"], results))
+                # In this order: killed between the two, the run goes on from the old last.pt and writes both again.
+                save(*["best.pt"] * improved, "last.pt")
+                print_epoch(row, args, improved)
+            model.load_state_dict(load_checkpoint(checkpoints / "best.pt")["model"])
+            test = test_figures(model, data, args, state["history"], tick)
+        except FloatingPointError:
+            whole = [str(path) for path in (checkpoints / "last.pt", checkpoints / "best.pt") if path.exists()]
+            raise UserError(f"epoch {state['epoch'] + 1}, step {state['step'] + 1}: the loss or a weight is not finite "
+                            f"(lr {args.lr:g}, beta {beta_of(state['epoch']):g}). A smaller --lr helps, or --grad_clip "
+                            "1000." + (f" Still good: {', '.join(whole)}" if whole else ""))
+        report(test, args)
+        write_json(results / "test.json", test)
+        log.close(state["history"])
+        print(f"wrote {results} and {checkpoints / 'best.pt'}\ndraw: python infer.py --ckpt {checkpoints / 'best.pt'}")
+        return test
+
+
+def check(args, data, resumed):
+    """Raise UserError where the data is not what the arguments, or the checkpoint, are about."""
     if args.conditional and not data.classes:
         raise UserError(f"--conditional: {args.dataset} has no classes (a folder a class makes them); without "
                         "--conditional it can be used as it is")
     if min(data.shape[1:]) < 8:
         raise UserError(f"{args.dataset}: images of {data.shape[1]}x{data.shape[2]} pixels are too small, 8x8 is the "
                         "least; --image_size enlarges them")
-    about = {"shape": list(data.shape), "levels": data.levels, "classes": data.classes}
-    torch.manual_seed(stream_seed(args.seed, "weights"))
-    model = build(vars(args), about).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-                                  fused=args.device != "mps")
-    beta_of = beta_schedule(args.beta_mode, args.target_beta_val, args.epochs)
-    results, checkpoints = claim(args)
-    print(f"{args.log_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, {'x'.join(map(str, data.shape))}"
-          f" pixels of {data.levels} levels, {len(data.train):,} + {len(data.val):,} + {len(data.test):,} images, "
-          f"{args.device}", flush=True)
+    if resumed and about(data) != resumed["data"]:
+        raise UserError(f"{args.dataset} has changed since the run began (it was {resumed['data']}, and is "
+                        f"{about(data)}); bring it back, or train anew")
 
-    def figures(terms):
-        """With the loss that ranks epochs: always at the target beta, so that annealing favours none."""
-        if args.loss_mode == "ae":
-            return {"loss": terms["rec"], "rec": terms["rec"]}
-        return {"loss": terms["rec"] + args.target_beta_val * terms["kl"], **terms}
 
-    log, history, best = RunLog(results), [], math.inf
-    for epoch in range(args.epochs):
-        start, beta = time.perf_counter(), beta_of(epoch)
-        train = figures(train_epoch(model, data, optimizer, args, epoch, beta))
-        val = figures(test_epoch(model, data.val, args, "val"))
-        if not math.isfinite(train["loss"] + val["loss"]):
-            raise UserError(f"epoch {epoch + 1}: the loss is not finite (lr {args.lr:g}, beta {beta:g}); a smaller --lr"
-                            " or --grad_clip 1000 helps" + (f". {checkpoints / 'best.pt'} is whole" if epoch else ""))
-        if args.loss_mode == "ae":
-            model.fit_prior(data.train.batch(index, args.seed, "prior", step)[0] for step, index in
-                            enumerate(torch.arange(len(data.train)).split(args.batch_size)))
-        history.append({"epoch": epoch + 1, "beta": beta if args.loss_mode == "vae" else None, "lr": args.lr,
-                        **{f"train_{name}": value for name, value in train.items()},
-                        **{f"val_{name}": value for name, value in val.items()},
-                        "seconds": round(time.perf_counter() - start, 3)})
-        improved, best = val["loss"] < best, min(best, val["loss"])
-        state = {"args": vars(args), "data": about, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "epoch": epoch + 1, "step": (epoch + 1) * math.ceil(len(data.train) / args.batch_size),
-                 "best": best, "history": history}
-        save_checkpoint(checkpoints / "last.pt", state)
-        if improved:
-            save_checkpoint(checkpoints / "best.pt", state)
-        draw_epoch(model, data, args, epoch + 1, results)
-        log.epoch(history)
-        print_epoch(history[-1], args, improved)
+def about(data):
+    """What a checkpoint says of the data."""
+    return {"shape": list(data.shape), "levels": data.levels, "classes": data.classes,
+            "images": [len(data.train), len(data.val), len(data.test)]}
 
-    model.load_state_dict(load_checkpoint(checkpoints / "best.pt")["model"])
+
+def restore(model, optimizer, resumed, state):
+    """Put a checkpoint's tensors in their places → its values of `state`. Raises UserError where they do not fit."""
+    try:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        for parameter in model.parameters() if resumed["step"] else ():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if optimizer.state[parameter][name].shape != parameter.shape:
+                    raise ValueError(f"{name} has the shape {list(optimizer.state[parameter][name].shape)}, not "
+                                     f"{list(parameter.shape)}")
+        return {name: resumed[name] for name in state}
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"the checkpoint does not fit its own arguments ({one_line(error)}); it cannot be resumed")
+
+
+def run_epoch(model, data, optimizer, args, state, beta, tick):
+    """Train, validate → a row of metrics.csv, but for its seconds."""
+    train = figures(args, train_epoch(model, data, optimizer, args, state, beta, tick))
+    val = figures(args, test_epoch(model, data.val, args, "val", tick))
+    if args.loss_mode == "ae":
+        model.fit_prior(data.train.batch(index, args.seed, "prior", step)[0] for step, index in
+                        enumerate(torch.arange(len(data.train)).split(args.batch_size)))
+    return {"epoch": state["epoch"] + 1, "beta": beta if args.loss_mode == "vae" else None, "lr": args.lr,
+            **{f"train_{name}": value for name, value in train.items()},
+            **{f"val_{name}": value for name, value in val.items()}}
+
+
+def figures(args, terms):
+    """With the loss that ranks epochs: always at the target beta, so that annealing favours none."""
+    if args.loss_mode == "ae":
+        return {"loss": terms["rec"], "rec": terms["rec"]}
+    return {"loss": terms["rec"] + args.target_beta_val * terms["kl"], **terms}
+
+
+@torch.no_grad()
+def test_figures(model, data, args, history, tick):
+    """The best checkpoint's figures on the test split."""
+    terms = figures(args, test_epoch(model, data.test, args, "test", tick))
     test = {"epoch": min(history, key=lambda row: row["val_loss"])["epoch"],
-            **{f"test_{name}": value for name, value in
-               figures(test_epoch(model, data.test, args, "test")).items()}}
+            **{f"test_{name}": value for name, value in terms.items()}}
     if args.loss_mode == "vae":
-        test["active_units"] = active_units(torch.cat([model.embed(*data.test.batch(index)) for index in
-                                                       torch.arange(len(data.test)).split(args.batch_size)]))
-    report(test, args)
-    write_json(results / "test.json", test)
-    log.close(history)
-    print(f"wrote {results} and {checkpoints / 'best.pt'}\ndraw: python infer.py --ckpt {checkpoints / 'best.pt'}")
+        batches = torch.arange(len(data.test)).split(args.batch_size)
+        test["active_units"] = active_units(torch.cat([model.embed(*data.test.batch(index)) for index in batches]))
     return test
 
 
@@ -266,10 +402,12 @@ def holds_run(folder):
     return any((folder / name).exists() for name in ("metrics.csv", "seeds.csv", "last.pt", "best.pt"))
 
 
-def claim(args):
-    """Make the run's two folders, after everything else that could fail → results folder, checkpoints folder.
+@contextlib.contextmanager
+def claimed(args, resumed):
+    """The run's two folders, made and locked, after everything else that could fail → results, checkpoints.
 
-    Sets args.log_dir where the user gave no name. Leaves nothing behind where either cannot be written.
+    Sets args.log_dir where the user gave no name. Leaves nothing behind where a folder cannot be written or belongs to
+    another process.
     """
     if not args.log_dir:
         args.log_dir = free_name(args)
@@ -286,29 +424,36 @@ def claim(args):
         for path in reversed(made):
             path.rmdir()
         raise UserError(f"{folder} cannot be written ({error.strerror}); --results_dir and --checkpoint_dir move it")
-    if args.overwrite:
-        for folder in folders:
-            for kind in ("*.png", "*.csv", "*.json", "*.pt", "events.out.*"):
-                for path in folder.glob(kind):
-                    path.unlink()
-    return folders
+    with locked(folders[1]):
+        if not resumed and any(map(holds_run, folders)):  # also one that another process has made just now
+            if not args.overwrite:
+                raise UserError(f"{folders[1]} holds a run already; {WAYS_ON}")
+            for folder in folders:
+                for kind in ("*.png", "*.csv", "*.json", "*.pt", "events.out.*"):
+                    for path in folder.glob(kind):
+                        path.unlink()
+        yield folders
 
 
 def free_name(args):
     """A name made of what matters, with a number where it is taken."""
     name = "_".join(["cvae" if args.conditional else args.loss_mode,
-                     args.dataset if args.dataset in DATASETS else Path(args.dataset).resolve().name, args.model])
+                     args.dataset if args.dataset in DATASETS else
+                     re.sub(r"[^\w.-]+", "_", Path(args.dataset).resolve().name), args.model])
     number, free = 1, name
     while any((Path(root) / free).exists() for root in (args.results_dir, args.checkpoint_dir)):
         number, free = number + 1, f"{name}_{number + 1}"
     return free
 
 
-def run_seeds(args, data):
+def run_seeds(args, data, resumed):
     """A run for each seed in a folder of its own, then mean ± standard deviation of every test figure."""
-    group = args.log_dir or free_name(args)
-    tests = [run(Namespace(**{**vars(args), "seed": seed, "log_dir": f"{group}/seed_{seed}"}), data)
-             for seed in args.seeds]
+    group = Path(args.log_dir).parent.as_posix() if resumed else args.log_dir or free_name(args)
+    tests = []
+    for seed in args.seeds:
+        one = Namespace(**{**vars(args), "seed": seed, "log_dir": f"{group}/seed_{seed}"})
+        last = Path(args.checkpoint_dir) / one.log_dir / "last.pt"
+        tests.append(run(one, data, load_checkpoint(last) if resumed and last.exists() else None))
     columns = [f"seed_{seed}" for seed in args.seeds]
     rows = []
     for name in tests[0]:
@@ -321,10 +466,10 @@ def run_seeds(args, data):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, resumed = parse_args(argv)
     data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform, args.limit,
                 args.device, progress_bar=args.progress_bar)
-    (run_seeds if args.seeds else run)(args, data)
+    (run_seeds if args.seeds else run)(args, data, resumed)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,14 @@ import csv
 import json
 import math
 import os
+import random
+import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +69,7 @@ def fit(folder, *flags, epochs=2):
     argv = [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", f"--epochs={epochs}", "--batch_size=32",
             "--log_dir=run", "--model=mlp", "--overwrite", *flags]
     train.main(argv)
-    args = train.parse_args(argv)
-    results = Path(args.results_dir) / args.log_dir
+    results = Path("results/run")
     with open(results / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     return rows, json.loads((results / "test.json").read_text())
@@ -636,112 +639,376 @@ def test_scripts_start_as_commands_and_help_names_every_default(workplace, folde
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# A user's mistakes
+# Runs that are stopped
 
-@pytest.mark.parametrize("flags,said", [
-    ("--latent_size 0", "--z_dim: '0'"), ("--lr -1", "--lr: '-1'"), ("--lr nan", "--lr: 'nan'"), ("--lr 0", "--lr"),
-    ("--epochs 0", "--epochs"), ("--epochs 1.5", "whole number"), ("--batch_size 0", "--batch_size"),
-    ("--target_beta_val -1", "--target_beta_val: '-1'"), ("--target_beta_val inf", "finite"), ("--seed -1", "--seed"),
-    ("--grad_clip -1", "--grad_clip"), ("--levels 3", "--levels"), ("--hidden_dims 0", "--hidden_dims"),
-    ("--hidden_dims 64 x", "--hidden_dims"), ("--free_bits -1", "--free_bits"), ("--limit 0", "--limit"),
-    ("--beta_mode cosine", "'cyclical'"), ("--dataset nosuch", "glyphs, mnist, fashion_mnist, kmnist, cifar10"),
-    ("--log_dir ../x", "../x"), ("--log_dir /x", "/x"), ("--log_dir a//b", "a//b"), ("--log_dir .", "'.'"),
-    ("--num_filters 0", "--num_filters"), ("--weight_decay -1", "--weight_decay"), ("--image_size 4", "--image_size"),
-    ("--image_size 8 8 8", "--image_size"), ("--seeds 1 1", "--seeds"), ("--device tpu", "cpu"),
-    ("--binarize stochastic", "--levels 2"), ("--loss_mode ae --conditional", "--conditional"),
-    ("--loss_mode ae --free_bits 1", "--free_bits"), ("--nosuch 1", "--nosuch"), ("--latent 3", "--latent"),
-    ("--recon_loss l1", "mse"), ("--model vit", "mlp"), ("--transform sepia", "grayscale3"), ("surplus", "surplus")])
-def test_a_wrong_command_line_is_one_line_and_status_2(flags, said, workplace, capsys):
-    status, error = outcome(train.main, flags.split(), capsys)
-    assert status == 2 and error.count("\n") == 1 and said in error
-    assert not list(workplace.iterdir())
+def same(a, b, leave_out=("elapsed", "seconds", "args")):
+    """Whether two checkpoints are equal to the bit, but for times and arguments that change no number."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in leave_out)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
-@pytest.mark.parametrize("flags,said", [
-    ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"), ("--num_samples 0", "--num_samples"),
-    ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"), ("--seed x", "--seed")])
-def test_a_wrong_command_line_of_infer(flags, said, workplace, capsys):
-    status, error = outcome(infer.main, flags.split(), capsys)
-    assert status == 2 and error.count("\n") == 1 and said in error
+def assert_same_runs(a, b):
+    """Two runs ended alike: a and b are (results, checkpoints) folders."""
+    for name in ("best.pt", "last.pt"):
+        first, second = (utils.load_checkpoint(run[1] / name) for run in (a, b))
+        assert same(first, second) and len(list(utils.tensors(first))) > 10
+        assert not same(first, {**first, "model": {key: value + 1 for key, value in first["model"].items()}})
+    assert (a[0] / "test.json").read_bytes() == (b[0] / "test.json").read_bytes()
+    first, second = ([line.split(",")[:-1] for line in (run[0] / "metrics.csv").read_text().splitlines()]
+                     for run in (a, b))
+    assert first == second and len(first) > 1
+    assert {path.name for path in a[0].glob("*.png")} == {path.name for path in b[0].glob("*.png")}
 
 
-def bad_inputs(case, workplace):
-    """→ the script's main, its arguments, what the message says."""
-    images, ckpt = workplace / "images", workplace / "x.pt"
-    images.mkdir()
-    if case == "an empty folder":
-        return train.main, ["--dataset", images], "holds no images"
-    if case == "a folder of text files":
-        (images / "a.txt").write_text("a")
-        return train.main, ["--dataset", images], "holds no images"
-    if case == "unreadable images":
-        (images / "a.png").write_text("a")
-        return train.main, ["--dataset", images], "none of its 1 image files"
-    if case == "too few images":
-        picture(images / "a.png")
-        return train.main, ["--dataset", images], "ten or more"
-    if case in ("two sizes", "conditional without classes", "tiny images"):
-        for i in range(20):
-            picture(images / f"{i}.png", (9, 9 + (i % 2 and case == "two sizes")) if case != "tiny images" else (5, 9))
-        if case == "two sizes":
-            return train.main, ["--dataset", images], "9x9 and 9x10"
-        return train.main, ["--dataset", images] + ["--conditional"] * (case != "tiny images"), \
-            "no classes" if case != "tiny images" else "too small"
-    if case == "train and test of other classes":
-        picture(images / "train" / "a" / "1.png"), picture(images / "test" / "b" / "1.png")
-        return train.main, ["--dataset", images], "different classes"
-    if case == "no network":
-        return train.main, ["--dataset", "kmnist"], "KMNIST/raw"
-    if case == "a results folder that cannot be made":
-        (workplace / "file").write_text("")
-        for i in range(20):
-            picture(images / f"{i}.png", seed=i)
-        return train.main, ["--dataset", images, "--results_dir", "file/results"], "cannot be written"
-    if case == "a text file":
-        ckpt.write_text("not a checkpoint")
-    elif case == "a checkpoint of another program":
-        torch.save({"state_dict": {}}, ckpt)
-    elif case == "pickled code":
-        torch.save({"format": utils.FORMAT, "args": os.getcwd}, ckpt)
-    elif case == "a checkpoint without a model":
-        utils.save_checkpoint(ckpt, {"args": {}, "data": {}})
-    elif case in ("a flipped bit", "a cut file"):
-        utils.save_checkpoint(ckpt, {"model": {"w": torch.randn(1000)}})
-        content = bytearray(ckpt.read_bytes())
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal while it trains its step `step`, counted from its start."""
+    seen, weighted = [], train.weighted
+
+    def interrupted(terms, n):
+        seen.append(n)
+        if len(seen) == step:
+            signal.raise_signal(number)
+        return weighted(terms, n)
+    monkeypatch.setattr(train, "weighted", interrupted)
+
+
+@pytest.mark.parametrize("flags", [
+    "--model=mlp --levels=2 --binarize=stochastic", "--model=cnn --conditional --beta_mode=linear",
+    "--model=cnn --loss_mode=ae", "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01",
+    "--model=cnn --levels=16 --binarize=threshold"])
+def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, workplace, monkeypatch, capsys):
+    def argv(name):
+        return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--num_filters=2", "--epochs=3",
+                "--batch_size=32", f"--log_dir={name}", *flags.split()]
+    train.main(argv("whole"))
+    for stop in (13, 2, 11, 1):  # in training, twice; in validation; in the last epoch's
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop)
+            status, _ = outcome(train.main, argv("cut") if stop == 13 else ["--resume", "checkpoints/cut/last.pt"], capsys)
+            assert status == 143
+    train.main(["--resume", "checkpoints/cut/last.pt"])
+    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name) for name in ("whole", "cut")))
+
+
+def test_more_epochs_continue_as_if_asked_for_at_once(folder, workplace, monkeypatch, capsys):
+    fit(folder, epochs=3)
+    os.rename("results/run", "results/long"), os.rename("checkpoints/run", "checkpoints/long")
+    fit(folder, epochs=1)
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3", "--save_every", "0"])
+    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name) for name in ("long", "run")))
+
+
+def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypatch, capsys):
+    def argv(name):
+        return [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1", "--batch_size=32", "--seeds", "4",
+                "5", "6", f"--log_dir={name}"]
+    train.main(argv("whole"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 20)
+        assert outcome(train.main, argv("cut"), capsys)[0] == 143
+    train.main(["--resume", "checkpoints/cut/seed_5/last.pt"])
+    assert Path("results/cut/seeds.csv").read_text() == Path("results/whole/seeds.csv").read_text()
+
+
+def test_a_moved_run_goes_on_where_it_is(folder, workplace):
+    fit(folder, epochs=1)
+    os.rename("checkpoints", "moved")
+    train.main(["--resume", "moved/run/last.pt", "--epochs", "2"])
+    assert utils.load_checkpoint(Path("moved/run/last.pt"))["epoch"] == 2 and not Path("checkpoints").exists()
+    Path("alone/run").mkdir(parents=True)
+    shutil.copy("moved/run/last.pt", "alone/run/last.pt")  # without its best.pt
+    train.main(["--resume", "alone/run/last.pt"])
+    assert utils.is_whole(Path("alone/run/best.pt"))
+
+
+def start(*words, **options):
+    return subprocess.Popen([sys.executable, HERE / "train.py", *map(str, words)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many threads in both, or sums are rounded differently
+    argv = ["--dataset", "glyphs", "--limit", "3000", "--model", "mlp", "--hidden_dims", "128", "--levels", "2",
+            "--binarize", "stochastic", "--batch_size", "8", "--epochs", "8", "--save_every", "0.02"]
+    whole = start(*argv, "--log_dir", "whole")
+    assert whole.communicate()[1] == ""
+    moments, killed, words = random.Random(0), 0, [*argv, "--log_dir", "cut"]
+    while killed < 20:
+        process = start(*words)
+        assert "parameters" in process.stdout.readline()  # it trains from here on
+        time.sleep(moments.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it ended before the twentieth kill: the run is too short"
+        killed += 1
+        last = tmp_path / "checkpoints/cut/last.pt"
+        words = ["--resume", last] if last.exists() else [*argv, "--log_dir", "cut", "--overwrite"]
+        assert all(map(utils.is_whole, (tmp_path / "checkpoints/cut").glob("*.pt")))
+    step = utils.load_checkpoint(last)["step"]
+    assert 0 < step < 8 * 375
+    assert start("--resume", last).communicate()[1] == ""
+    assert_same_runs(*((tmp_path / "results" / name, tmp_path / "checkpoints" / name) for name in ("whole", "cut")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(number, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = start("--dataset", folder, "--model", "mlp", "--hidden_dims", "8", "--epochs", "100000", "--log_dir", "a b")
+    assert "parameters" in process.stdout.readline()
+    process.stdout.readline()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + number and err == ""
+    assert out.endswith("\npython train.py --resume 'checkpoints/a b/last.pt'\n")
+    assert utils.is_whole(tmp_path / "checkpoints/a b/last.pt")
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with utils.Signals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM and not ended
+        signal.raise_signal(signal.SIGTERM)
+    assert ended == [143] and signal.getsignal(signal.SIGTERM) != signals.handle
+
+
+def test_two_processes_cannot_train_into_one_folder(folder, workplace, capsys):
+    fit(folder, epochs=1)
+    with utils.locked(Path("checkpoints/run")):
+        for argv in (["--resume", "checkpoints/run/last.pt"], ["--dataset", folder, "--log_dir", "run", "--overwrite"]):
+            status, error = outcome(train.main, argv, capsys)
+            assert status == 1 and f"process {os.getpid()} on" in error
+    dead = subprocess.run([sys.executable, "-c", "import os, signal, sys; from pathlib import Path; import utils\n"
+                           "with utils.locked(Path('checkpoints/run')): os.kill(os.getpid(), signal.SIGKILL)"],
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert dead.returncode == -signal.SIGKILL and "process" in Path("checkpoints/run/lock").read_text()
+    train.main(["--resume", "checkpoints/run/last.pt"])  # a dead process's lock is none
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(folder, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")  # not on Windows
+    monkeypatch.chdir(tmp_path)
+    fit(folder, epochs=1)
+    before = {path: path.read_bytes() for path in Path("checkpoints/run").glob("*.pt")}
+    room = len(before[Path("checkpoints/run/last.pt")]) // 2
+    process = start("--resume", "checkpoints/run/last.pt", "--epochs", "2",
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    out, err = process.communicate()
+    assert process.returncode == 1 and re.fullmatch(r"train.py: File too large: checkpoints/run/(best|last).pt\n", err)
+    assert {path: path.read_bytes() for path in Path("checkpoints/run").glob("*.pt")} == before
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_pictures_that_cannot_be_written_do_not_end_the_run(folder, workplace, capsys):
+    fit(folder, epochs=1)
+    for name in ("samples_002.png", "samples_003.png", "metrics.csv.tmp"):
+        Path("results/run", name).mkdir()
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    assert utils.load_checkpoint(Path("checkpoints/run/last.pt"))["epoch"] == 3
+
+
+def test_any_flipped_bit_is_found_or_harmless(tmp_path):
+    path, moments = tmp_path / "x.pt", random.Random(0)
+    state = {"args": {"lr": 0.1}, "data": {}, "model": {"w": torch.randn(40, 10)}, "step": 3}
+    utils.save_checkpoint(path, state)
+    content, found = path.read_bytes(), 0
+    for _ in range(400):
+        flipped = bytearray(content)
+        flipped[moments.randrange(len(content))] ^= 1 << moments.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert same({**utils.load_checkpoint(path)}, {"format": "plain-vae 1", **state})
+        except utils.UserError:
+            found += 1
+    assert found > 100
+
+
+def test_images_that_would_hurt_are_left_out(tmp_path, capsys):
+    root = tmp_path / "in"
+    for i in range(12):
+        picture(root / f"{i}.png", seed=i)
+    with open(root / "bomb.png", "wb") as file:  # a megabyte that unfolds to 400
+        Image.new("1", (20_000, 20_000)).save(file)
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (root / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    os.rename(root / "3.png", os.fsencode(root) + b"/\xff\xfe.png")
+    read = data.load(str(root), tmp_path)
+    said = capsys.readouterr().err
+    assert len(read.train) + len(read.val) + len(read.test) == 12
+    assert all(name in said for name in ("bomb.png", "loop.png", "gone.jpg", "3 of 15"))
+    odd = os.fsencode(tmp_path) + b"/classes/\xff"
+    os.makedirs(odd)
+    shutil.copytree(root, tmp_path / "classes" / "b", ignore=lambda *_: ["bomb.png", "loop.png", "gone.jpg"])
+    os.link(root / "1.png", odd + b"/1.png")
+    (tmp_path / "classes" / "b" / "up").symlink_to(tmp_path / "classes")
+    read = data.load(str(tmp_path / "classes"), tmp_path)
+    assert len(read.train) + len(read.val) + len(read.test) == 13
+    json.dumps(read.classes).encode(), "".join(read.classes).encode()  # as text
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A user's mistakes: one line, an exit status, and nothing left behind
+
+WRONG = [  # (script, its arguments, what the line says)
+    *((train, *row) for row in [
+        ("--latent_size 0", "--z_dim: '0'"), ("--lr -1", "--lr: '-1'"), ("--lr nan", "--lr: 'nan'"), ("--lr 0", "--lr"),
+        ("--epochs 0", "--epochs"), ("--epochs 1.5", "whole number"), ("--batch_size 0", "--batch_size"),
+        ("--target_beta_val -1", "--target_beta_val: '-1'"), ("--target_beta_val inf", "finite"), ("--seed -1", "--seed"),
+        ("--grad_clip -1", "--grad_clip"), ("--levels 3", "--levels"), ("--hidden_dims 0", "--hidden_dims"),
+        ("--hidden_dims 64 x", "--hidden_dims"), ("--free_bits -1", "--free_bits"), ("--limit 0", "--limit"),
+        ("--beta_mode cosine", "'cyclical'"), ("--dataset nosuch", "glyphs, mnist, fashion_mnist, kmnist, cifar10"),
+        ("--log_dir ../x", "../x"), ("--log_dir /x", "/x"), ("--log_dir a//b", "a//b"), ("--log_dir .", "'.'"),
+        ("--num_filters 0", "--num_filters"), ("--weight_decay -1", "--weight_decay"), ("--save_every -1", "--save_every"),
+        ("--image_size 4", "--image_size"), ("--image_size 8 8 8", "--image_size"), ("--seeds 1 1", "--seeds"),
+        ("--device tpu", "cpu"), ("--binarize stochastic", "--levels 2"), ("--loss_mode ae --conditional", "--conditional"),
+        ("--loss_mode ae --free_bits 1", "--free_bits"), ("--nosuch 1", "--nosuch"), ("--latent 3", "--latent"),
+        ("--recon_loss l1", "mse"), ("--model vit", "mlp"), ("--transform sepia", "grayscale3"), ("surplus", "surplus"),
+        ("--resume nosuch.pt", "nosuch.pt"), ("--resume .", "a folder")]),
+    *((infer, *row) for row in [
+        ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"), ("--num_samples 0", "--num_samples"),
+        ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"), ("--seed x", "--seed")])]
+
+BAD_FOLDERS = {  # what is in it → what the line says
+    "nothing": "holds no images", "text files": "holds no images", "unreadable images": "none of its 1 image files",
+    "too few images": "ten or more", "two sizes": "9x9 and 9x10", "no classes": "no classes", "tiny images": "too small",
+    "other classes in test": "different classes"}
+
+BAD_CHECKPOINTS = {
+    "a text file": "cut short", "a checkpoint of another program": "this project", "pickled code": "this project",
+    "a flipped bit": "checksum", "a cut file": "cut short", "an empty file": "cut short", "a newer format": "newer version",
+    "a tensor that is missing": "Missing key", "a tensor of another shape": "size mismatch", "a nan": "not finite",
+    "no arguments": "this project"}
+
+BAD_RESUMES = {"--lr 1": "--lr", "--seed 3": "--seed", "--epochs 1": "2 or more", "--log_dir other": "--log_dir",
+               "--overwrite": "--overwrite", "--dataset mnist": "--dataset"}
+
+
+def fill(root, what):
+    root.mkdir()
+    if what == "text files":
+        (root / "a.txt").write_text("a")
+    elif what == "unreadable images":
+        (root / "a.png").write_text("a")
+    elif what == "other classes in test":
+        picture(root / "train" / "a" / "1.png"), picture(root / "test" / "b" / "1.png")
+    else:
+        for i in range({"nothing": 0, "too few images": 1}.get(what, 20)):
+            picture(root / f"{i}.png", (5 if what == "tiny images" else 9, 10 if what == "two sizes" and i % 2 else 9))
+
+
+def damage(path, what):
+    """Write a bad checkpoint from a good one."""
+    state, content = utils.load_checkpoint(path), bytearray(path.read_bytes())
+    weights = state["model"]
+    name = next(key for key in weights if key.endswith("weight"))
+    if what == "a text file":
+        content = b"not a checkpoint"
+    elif what in ("a cut file", "an empty file"):
+        content = content[:len(content) // 2 if what == "a cut file" else 0]
+    elif what == "a flipped bit":
         content[len(content) // 2] ^= 1
-        ckpt.write_bytes(content if case == "a flipped bit" else content[:len(content) // 2])
-    return infer.main, ["--ckpt", ckpt], {"a flipped bit": "checksum", "a cut file": "cut short"}.get(case, "this project")
+    else:
+        if what == "a checkpoint of another program":
+            state = {"state_dict": weights}
+        elif what == "pickled code":
+            state["args"] = os.getcwd
+        elif what == "a newer format":
+            state["format"] = f"{utils.FORMAT} {utils.VERSION + 1}"
+        elif what == "no arguments":
+            del state["args"]
+        elif what == "a tensor that is missing":
+            del weights[name]
+        elif what == "a tensor of another shape":
+            weights[name] = weights[name][:, :-1]
+        elif what == "a nan":
+            weights[name].view(-1)[0] = math.nan
+        torch.save(state, path)
+        return
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize("case", [
-    "an empty folder", "a folder of text files", "unreadable images", "too few images", "two sizes",
-    "conditional without classes", "tiny images", "train and test of other classes", "no network",
-    "a results folder that cannot be made", "a text file", "a checkpoint of another program", "pickled code",
-    "a checkpoint without a model", "a flipped bit", "a cut file"])
-def test_bad_input_is_one_line_and_status_1(case, workplace, capsys, monkeypatch):
+@pytest.fixture(scope="session")
+def trained(folder, tmp_path_factory):
+    """A small run of two epochs, to be copied."""
+    root = tmp_path_factory.mktemp("trained")
+    train.main([f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=2", "--log_dir=run",
+                f"--data_dir={root / 'data'}", f"--results_dir={root / 'results'}",
+                f"--checkpoint_dir={root / 'checkpoints'}"])
+    return root
+
+
+ROWS = [*(("line", *row, 2) for row in WRONG), *(("folder", train, *row, 1) for row in BAD_FOLDERS.items()),
+        *(("checkpoint", infer, *row, 1) for row in BAD_CHECKPOINTS.items()),
+        *(("checkpoint", train, *row, 1) for row in BAD_CHECKPOINTS.items()),
+        *(("resume", train, *row, 2) for row in BAD_RESUMES.items()),
+        ("other", train, "no network", "KMNIST/raw", 1), ("other", train, "results below a file", "cannot be written", 1),
+        ("other", train, "a changed dataset", "has changed", 1), ("other", train, "a name that is taken", "--overwrite", 2),
+        ("other", infer, "an unknown class", "only 0, 1, 2", 1), ("other", infer, "classes without a class", "--classes", 1)]
+
+
+@pytest.mark.parametrize("kind,script,what,said,expected", ROWS, ids=[f"{r[0]}-{r[1].__name__}-{r[2]}" for r in ROWS])
+def test_bad_input(kind, script, what, said, expected, folder, trained, workplace, capsys, monkeypatch):
     def refuse(*_, **__):
         raise OSError("Network is unreachable")
     monkeypatch.setattr("socket.socket.connect", refuse)  # also where there is a network
-    main, argv, said = bad_inputs(case, workplace)
-    before = {path for path in workplace.rglob("*") if "data" not in path.parts}
-    status, error = outcome(main, argv, capsys)
-    assert status == 1 and said in error and "Traceback" not in error
-    assert error.count("\n") == 1 or case == "unreadable images"  # which also names them
-    assert {path for path in workplace.rglob("*") if "data" not in path.parts} == before
+    argv, last = what.split(), workplace / "checkpoints/run/last.pt"
+    if kind in ("checkpoint", "resume") or what in ("a changed dataset", "a name that is taken", "classes without a class"):
+        shutil.copytree(trained, workplace, dirs_exist_ok=True)
+    if kind == "folder":
+        fill(workplace / "images", what)
+        argv = ["--dataset", workplace / "images", *["--conditional"] * (what == "no classes")]
+    elif kind == "checkpoint":
+        damage(last, what)
+        argv = ["--resume" if script is train else "--ckpt", last]
+    elif kind == "resume":
+        argv = ["--resume", last, *argv]
+    elif what == "no network":
+        argv = ["--dataset", "kmnist"]
+    elif what == "results below a file":
+        (workplace / "file").write_text("")
+        argv = ["--dataset", folder, "--results_dir", "file/results"]
+    elif what == "a changed dataset":
+        state = utils.load_checkpoint(last)
+        state["data"]["images"][0] += 1
+        torch.save(state, last)
+        argv = ["--resume", last]
+    elif what == "a name that is taken":
+        argv = ["--dataset", folder, "--log_dir", "run"]
+    elif what in ("an unknown class", "classes without a class"):
+        if what == "an unknown class":
+            fit(folder, "--conditional", epochs=1)
+        argv = ["--classes", "11"]
+    before = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    status, error = outcome(script.main, argv, capsys)
+    assert status == expected and said in error and "Traceback" not in error
+    assert error.count("\n") == 1 or what == "unreadable images"  # which also names them
+    after = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file() and path.name != "lock"}
+    assert {path for path in after if "cache" not in path.parts} <= set(before)
+    assert all(after[path] == content for path, content in before.items() if path.name != "lock")
 
 
-def test_a_run_is_not_overwritten_unasked(folder, workplace, capsys):
-    fit(folder)
-    before = (workplace / "checkpoints/run/best.pt").read_bytes()
-    status, error = outcome(train.main, ["--dataset", folder, "--log_dir", "run"], capsys)
-    assert status == 2 and "--overwrite" in error
-    assert (workplace / "checkpoints/run/best.pt").read_bytes() == before
+def test_a_damaged_checkpoint_is_reported_with_what_else_there_is(trained, workplace, capsys):
+    shutil.copytree(trained, workplace, dirs_exist_ok=True)
+    damage(workplace / "checkpoints/run/last.pt", "a cut file")
+    assert "checkpoints/run/best.pt" in outcome(train.main, ["--resume", "checkpoints/run/last.pt"], capsys)[1]
+    damage(workplace / "checkpoints/run/best.pt", "a flipped bit")
+    assert "nothing else" in outcome(train.main, ["--resume", "checkpoints/run/last.pt"], capsys)[1]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(folder, workplace, capsys):
-    status, error = outcome(train.main, ["--dataset", folder, "--lr", "1e30", "--model", "mlp", "--epochs", "2"], capsys)
-    assert status == 1 and "not finite" in error and "--lr" in error
-    assert not list(workplace.rglob("*.pt"))
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workplace, capsys):
+    status, error = outcome(train.main, ["--dataset", folder, "--lr", "1e30", "--model", "mlp", "--epochs", "2",
+                                         "--save_every", "0", "--log_dir", "run"], capsys)
+    assert status == 1 and all(part in error for part in ("epoch 1", "step", "not finite", "--lr", "1e+30", "beta 1"))
+    assert all(map(utils.is_whole, workplace.rglob("*.pt")))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 and the log of a run. Imports none of the project's other files."""
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
+import platform
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -73,6 +77,53 @@ def run_name(text):
     if any(part in ("", ".", "..") or not re.fullmatch(r"[\w.+=,@ -]+", part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed, only a name such as my_run or group/my_run")
     return text
+
+
+def one_line(error):
+    """What an exception of any kind says, on one line and not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+class Signals:
+    """While it is entered, SIGINT and SIGTERM only set `received`, for the training loop to look at; the second one
+    ends the process at once."""
+
+    def __enter__(self):
+        self.received = 0
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other processes from training into a folder. The system drops the lock when the process ends, however it
+    ends, so nothing has to be cleaned up. Raises UserError where another process holds it."""
+    with open(folder / "lock", "a+") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                file.seek(1 << 20)  # beyond the text, which stays readable
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(f"{folder} is being trained by {file.read().strip() or 'another process'}; wait for it, or "
+                            "take another --log_dir")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def call(main):
@@ -239,46 +290,73 @@ def save_grid(images, path, nrow, caption):
 # ----------------------------------------------------------------------------------------------------------------
 # Checkpoints: plain data and tensors, replaced atomically, verified when read
 
-FORMAT = "plain-vae 1"
+FORMAT, VERSION = "plain-vae", 1
 
 
-def atomic_write(path, write):
-    """Call write(file) on a temporary file, then put it in the place of `path`: no reader ever sees half a file."""
+def atomic_write(path, content):
+    """Put bytes in the place of a file: whoever reads it, whenever this process dies, finds the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path))  # a failed write does not say where
 
 
 def save_checkpoint(path, state):
-    atomic_write(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    buffer = io.BytesIO()  # torch.save to a full disk would say something else than the system
+    torch.save({"format": f"{FORMAT} {VERSION}", **state}, buffer)
+    atomic_write(path, buffer.getbuffer())
 
 
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU, without executing anything that it may hold.
 
-    Raises UserError where the file is damaged or is no checkpoint of this project.
+    Raises UserError where the file is damaged, holds a number that is not finite, or is none of this project's.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself would load a flipped bit in silence
             damaged = archive.testzip()
-    except zipfile.BadZipFile:
+    except Exception:  # bytes that only look like a zip may raise anything
         raise UserError(f"{path} is not a checkpoint of this project, or was cut short")
     if damaged:
         raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling foreign bytes may raise anything
-        raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__} while reading it)")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this project, or of another version (not {FORMAT!r})")
+        name, version = state["format"].rsplit(" ", 1)
+        assert name == FORMAT and state.keys() >= {"args", "data", "model"}
+        version = int(version)
+    except Exception:
+        raise UserError(f"{path} is not a checkpoint of this project")
+    if version > VERSION:
+        raise UserError(f"{path} was written by a newer version of this project (format {version}; this one reads "
+                        f"{VERSION})")
+    for part in ("model", "optimizer"):
+        if not all(value.isfinite().all() for value in tensors(state.get(part))):
+            raise UserError(f"{path} is damaged: a number in its {part} is not finite")
     return state
+
+
+def is_whole(path):
+    """Whether a checkpoint is there and verifies."""
+    try:
+        return path.is_file() and bool(load_checkpoint(path))
+    except UserError:
+        return False
+
+
+def tensors(tree):
+    """All tensors in nested dictionaries and lists."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors(part)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -290,41 +368,58 @@ COLUMNS = ("epoch", "beta", "lr", "train_loss", "train_rec", "train_kl", "train_
 
 def write_csv(path, columns, rows):
     """Rows are dictionaries; what a row lacks is left empty."""
-    lines = [",".join(columns)] + [",".join("" if row.get(c) is None else str(row[c]) for c in columns) for row in rows]
-    atomic_write(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    lines = [columns, *(["" if row.get(name) is None else str(row[name]) for name in columns] for row in rows)]
+    atomic_write(path, "".join(",".join(line) + "\n" for line in lines).encode())
 
 
 def write_json(path, values):
-    atomic_write(path, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
+    atomic_write(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 class RunLog:
-    """metrics.csv, curves.png and TensorBoard's events in the run's results folder."""
+    """metrics.csv, pictures and TensorBoard's events in the run's results folder. The training does not depend on
+    them: the first write that fails is reported, and none ends the run."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, history):
+        self.folder, self.drawn, self.failed, self.writer = folder, time.monotonic(), False, None
+        self.attempt(self.open, len(history))
+        self.attempt(write_csv, folder / "metrics.csv", COLUMNS, history)  # a resumed run may have one row too many
+
+    def attempt(self, write, *args):
+        try:
+            write(*args)
+        except Exception as error:
+            if not self.failed:
+                print(f"{self.folder}: a picture or log cannot be written ({one_line(error)}); the training goes on, "
+                      "and this is said once", file=sys.stderr, flush=True)
+            self.failed = True
+
+    def open(self, epochs):
         from torch.utils.tensorboard import SummaryWriter
-        self.folder, self.writer, self.drawn = folder, SummaryWriter(folder), time.monotonic()
+        self.writer = SummaryWriter(self.folder, purge_step=epochs + 1)
 
-    def epoch(self, history):
-        """history: the rows of metrics.csv so far, the last one new."""
-        write_csv(self.folder / "metrics.csv", COLUMNS, history)
-        row = history[-1]
+    def epoch(self, history, draw):
+        """history: the rows of metrics.csv so far, the last one new; draw: writes the pictures of this epoch."""
+        self.attempt(write_csv, self.folder / "metrics.csv", COLUMNS, history)
+        self.attempt(draw)
+        self.attempt(self.events, history[-1])
+        if time.monotonic() - self.drawn > 10:  # drawing takes longer than a small model's epoch
+            self.attempt(draw_curves, history, self.folder / "curves.png")
+            self.drawn = time.monotonic()
+
+    def events(self, row):
         for name, value in row.items():
             if name not in ("epoch", "seconds") and value is not None:
                 self.writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-        if time.monotonic() - self.drawn > 10:  # drawing takes longer than a small model's epoch
-            draw_curves(history, self.folder / "curves.png")
-            self.drawn = time.monotonic()
-
-    def picture(self, name, epoch):
-        """Show results/NAME/<name>_EEE.png in TensorBoard."""
         from PIL import Image
-        with Image.open(self.folder / f"{name}_{epoch:03d}.png") as image:
-            self.writer.add_image(name, np.asarray(image), epoch, dataformats="HWC")
+        for name in ("samples", "reconstructions"):
+            with Image.open(self.folder / f"{name}_{row['epoch']:03d}.png") as image:
+                self.writer.add_image(name, np.asarray(image), row["epoch"], dataformats="HWC")
+        self.writer.flush()
 
     def close(self, history):
-        draw_curves(history, self.folder / "curves.png")
-        self.writer.close()
+        self.attempt(draw_curves, history, self.folder / "curves.png")
+        self.attempt(self.writer.close)
 
 
 def draw_curves(history, path):
