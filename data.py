@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +63,11 @@ class Data:
     levels: int     # a pixel is an integer from 0 to levels - 1
     classes: list   # names, in the order of the labels; empty where the data has no classes
 
+    def about(self):
+        """What a checkpoint says of the data."""
+        return {"shape": list(self.shape), "levels": self.levels, "classes": self.classes,
+                "images": [len(self.train), len(self.val), len(self.test)]}
+
 
 def load(dataset, data_dir="data", image_size=None, levels=256, binarize="threshold", transform="none", limit=None,
          device="cpu", download=True, progress_bar=False):
@@ -78,7 +82,7 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     """
     data_dir = Path(data_dir)
     if dataset == "glyphs":
-        parts = cached(data_dir, "glyphs-1", make_glyphs)
+        parts = cached(data_dir, "glyphs-1", 4, make_glyphs)
         train, test, classes = parts[:2], parts[2:], [str(digit) for digit in range(10)]
     elif dataset in NAMED:
         train, test, classes = read_named(dataset, data_dir, download)
@@ -128,9 +132,9 @@ def binarize(images, generator):
     A 16-bit uniform word is compared with the probability in units of 2⁻¹⁶, which 257 p + (p >> 7) is to the nearest
     integer: black never turns white, nor white black. Far cheaper than torch.bernoulli, which runs on one core.
     """
-    words = torch.empty(-(-images.numel() // 4), dtype=torch.int64, device=images.device)
+    words = torch.empty(-(-images.numel() // 4), dtype=torch.int64, device=generator.device)
     words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    words = words.view(torch.int16)[:images.numel()].view(images.shape)  # -32768 … 32767
+    words = words.view(torch.int16)[:images.numel()].view(images.shape).to(images.device)  # -32768 … 32767
     pixels = images.int()
     return (words < 257 * pixels + (pixels >> 7) - 32768).byte()
 
@@ -163,27 +167,23 @@ def resize(images, size):
 # ----------------------------------------------------------------------------------------------------------------
 # The cache of what takes long to make: plain .npy files, read without pickle
 
-def cached(data_dir, key, make):
-    """The arrays of `make()`, kept in data_dir/cache/key. A cache that cannot be read is made again."""
+def cached(data_dir, key, count, make):
+    """The `count` arrays of `make()`, kept in data_dir/cache/key. A cache that cannot be read is made again."""
     folder = data_dir / "cache" / key
     try:
-        names = sorted(folder.glob("*.npy"), key=lambda path: int(path.stem))
-        arrays = [np.load(path, allow_pickle=False) for path in names]
-        if arrays:
-            return arrays
+        return [np.load(folder / f"{number}.npy", allow_pickle=False) for number in range(count)]
     except (OSError, ValueError, EOFError):
-        pass
-    arrays = make()
+        arrays = make()
+    partial = folder.with_name(f"{key}.{os.getpid()}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
+        partial.mkdir(parents=True, exist_ok=True)
         for number, array in enumerate(arrays):
             np.save(partial / f"{number}.npy", array, allow_pickle=False)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     except OSError as error:  # no room, or another process was first: the data is here all the same
         print(f"{folder}: not cached ({error.strerror})", file=sys.stderr)
-        shutil.rmtree(partial, ignore_errors=True) if "partial" in locals() else None
+        shutil.rmtree(partial, ignore_errors=True)
     return arrays
 
 
@@ -194,21 +194,23 @@ def read_named(dataset, data_dir, download):
     """→ (train images, labels), (test images, labels), class names, in NumPy."""
     from utils import torchvision
     name, by_hand = NAMED[dataset]
-    folder = data_dir / by_hand
+    source, folder = getattr(torchvision.datasets, name), data_dir / by_hand
+    archives = [folder / file for file, _ in getattr(source, "resources", [(getattr(source, "filename", None), "")])]
+    archives = [archive for archive in archives if not archive.exists()]  # the user's own stay
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints a line for each mirror it tries
-            parts = [getattr(torchvision.datasets, name)(data_dir, train=train, download=download)
-                     for train in (True, False)]
+            parts = [source(data_dir, train=train, download=download) for train in (True, False)]
     except Exception as error:
-        reason = one_line(error)
-        raise UserError(f"{dataset} could not be {'fetched' if download else 'read'} ({reason}): put its files into "
-                        f"{folder.resolve()}, or use --dataset glyphs, which needs no network")
+        if not download:
+            raise UserError(f"{dataset} is not in {folder}; --data_dir says where it is")
+        raise UserError(f"{dataset} could not be fetched ({one_line(error)}): put its files into {folder.resolve()}, or "
+                        "use --dataset glyphs, which needs no network")
     finally:
         socket.setdefaulttimeout(timeout)
-    for archive in [*folder.glob("*.gz")]:
-        archive.unlink()
+    for archive in archives:
+        archive.unlink(missing_ok=True)
     splits = []
     for part in parts:
         images = np.asarray(part.data)
@@ -225,48 +227,66 @@ def read_folder(root, data_dir, image_size, progress_bar):
     train/ and test/."""
     if not root.is_dir():
         raise UserError(f"{root} is neither one of {', '.join(DATASETS)} nor a folder of images")
-    if (root / "train").is_dir() and (root / "test").is_dir():
+    parts, splits = [list_images(root), ([], [])], {"train", "val", "valid", "validation", "test"}
+    if {"train", "test"} <= set(parts[0][1]) | {name for name in ("train", "test") if (root / name).is_dir()}:
+        left_out = [name for name in parts[0][1] if name not in ("train", "test")]
         parts = [list_images(root / "train"), list_images(root / "test")]
         if parts[0][1] != parts[1][1]:
-            raise UserError(f"{root}: train/ and test/ have different classes ({', '.join(parts[0][1]) or 'none'}; "
-                            f"{', '.join(parts[1][1]) or 'none'})")
-    else:
-        parts = [list_images(root), ([], [])]
-    classes = parts[0][1]
+            raise UserError(f"{printable(root)}: train/ and test/ have different classes "
+                            f"({', '.join(parts[0][1]) or 'none'}; {', '.join(parts[1][1]) or 'none'})")
+        if left_out:
+            print(f"{printable(root)}: beside train/ and test/, {', '.join(left_out)} is left out", file=sys.stderr)
+    elif "train" in parts[0][1] and set(parts[0][1]) <= splits:
+        raise UserError(f"{printable(root)} has {'/, '.join(parts[0][1])}/, which look like splits, but no test/; give "
+                        "one of them a new name, or name the folder train/ itself as the dataset")
+    classes, n_train = parts[0][1], len(parts[0][0])
     files = [(path, label) for part, _ in parts for path, label in part]
     if not files:
-        raise UserError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))}), neither flat nor in a folder a class")
-    signature = hashlib.sha256(repr([image_size, classes, len(parts[0][0])]).encode())
+        raise UserError(f"{printable(root)} holds no images ({' '.join(sorted(SUFFIXES))}), neither flat nor in a folder "
+                        "a class")
+    signature = hashlib.sha256(repr([image_size, classes, n_train]).encode())
     for path, label in files:  # a file that is new, gone or changed makes another cache
         try:
             status = path.stat()
         except OSError:  # a link to nowhere or to itself: decode will name it
             continue
-        signature.update(f"{os.fspath(path)!r} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+        signature.update(f"{os.fspath(path.relative_to(root))!r} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
     key = f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}-{signature.hexdigest()[:16]}"
-    images, labels, first_test = cached(data_dir, key, lambda: decode(root, files, len(parts[0][0]), image_size,
-                                                                      progress_bar))
+    images, labels, first_test, report = cached(data_dir, key, 4,
+                                                lambda: decode(root, files, n_train, image_size, progress_bar))
+    sys.stderr.write(report.tobytes().decode())  # each time, not only when they were decoded
     n = int(first_test)
+    if n_train < len(files) and n == len(images):
+        raise UserError(f"{printable(root)}: none of the image files in test/ can be read")
     return (images[:n], labels[:n]), (images[n:], labels[n:]), classes
 
 
 def list_images(root):
-    """→ [(path, label)], class names. A subfolder is a class; without any, the files of the folder itself count."""
+    """→ [(path, label)], class names. A subfolder is a class; without any, the files of the folder itself count.
+    Hidden files and folders are no images and no classes."""
+    def is_image(name):
+        return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+
     def inside(folder):
-        return sorted(Path(where) / name for where, _, names in os.walk(folder) for name in names
-                      if Path(name).suffix.lower() in SUFFIXES)
-    folders = {printable(folder.name): inside(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
+        return sorted(Path(where) / name for where, _, names in os.walk(folder) for name in names if is_image(name))
+    folders = {printable(folder.name): inside(folder) for folder in sorted(root.iterdir())
+               if folder.is_dir() and not folder.name.startswith(".") and folder.name != "__MACOSX"}
     folders = {name: files for name, files in folders.items() if files}
-    flat = sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    flat = sorted(path for path in root.iterdir() if is_image(path.name) and not path.is_dir())
     if not folders:
         return [(path, 0) for path in flat], []
+    if len(flat) > sum(map(len, folders.values())):
+        raise UserError(f"{printable(root)} holds {len(flat)} images, and fewer in its folders ({', '.join(folders)}): "
+                        "are these classes? Move one or the other elsewhere")
     if flat:
-        print(f"{root}: it has a folder a class, so the {len(flat)} images beside them are left out", file=sys.stderr)
+        print(f"{printable(root)}: it has a folder a class, so the {len(flat)} images beside them are left out",
+              file=sys.stderr)
     return [(path, label) for label, files in enumerate(folders.values()) for path in files], list(folders)
 
 
 def decode(root, files, n_train, image_size, progress_bar):
-    """Decode files [(path, label)] in parallel → images uint8 [N, C, H, W], labels int64 [N], where the test begins.
+    """Decode files [(path, label)] in parallel → images uint8 [N, C, H, W], labels int64 [N], where the test begins,
+    and a report of the files that cannot be read, as bytes.
 
     One channel where every file is grey, three otherwise. Raises UserError where the sizes differ and image_size does
     not say to which size they should go, or where no file can be read.
@@ -276,6 +296,8 @@ def decode(root, files, n_train, image_size, progress_bar):
     def read(path):
         try:
             return to_array(path, image_size)
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged file may raise anything
             return one_line(error)
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -284,12 +306,11 @@ def decode(root, files, n_train, image_size, progress_bar):
                            disable=not progress_bar))
     bad = [(path, array) for (path, _), array in zip(files, arrays) if isinstance(array, str)]
     good = [i for i, array in enumerate(arrays) if not isinstance(array, str)]
-    for path, reason in bad[:5]:
-        print(f"left out: {printable(path)} ({reason})", file=sys.stderr)
-    if bad:
-        print(f"{printable(root)}: {len(bad)} of {len(files)} files cannot be read and are left out", file=sys.stderr)
+    lines = [f"left out: {printable(path)} ({reason})\n" for path, reason in bad[:20]]
+    lines += [f"{printable(root)}: {len(bad)} of {len(files)} files cannot be read and are left out\n"] if bad else []
     if not good:
-        raise UserError(f"{printable(root)}: none of its {len(files)} image files can be read")
+        raise UserError(f"{printable(root)}: none of its {len(files)} image files can be read, such as "
+                        f"{printable(bad[0][0])} ({bad[0][1]})")
     sizes = Counter(arrays[i].shape[:2] for i in good).most_common(2)
     if len(sizes) > 1:
         (a, _), (b, _) = sizes
@@ -301,23 +322,28 @@ def decode(root, files, n_train, image_size, progress_bar):
         images[row] = arrays[i].transpose(2, 0, 1) if arrays[i].ndim == 3 else arrays[i]
         arrays[i] = None
     labels = np.array([files[i][1] for i in good], np.int64)
-    return [images, labels, np.array(sum(i < n_train for i in good))]
+    return [images, labels, np.array(sum(i < n_train for i in good)),
+            np.frombuffer("".join(lines).encode(), np.uint8)]
 
 
 def to_array(path, image_size):
     """One image file → uint8 [H, W] where it is grey, else [H, W, 3]; upright, transparent parts on white."""
     from PIL import Image, ImageOps
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16") or image.mode == "I":
+        kind, image = image.format, ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("pixels of 32 bits, whose range is not known; 8 or 16 bits can be read")
+        grey, palette = image.mode in ("1", "L", "LA", "La"), image.mode in ("P", "PA")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if image.mode in ("1", "L", "LA", "F") else "RGB")
+        image = image.convert("L" if grey else "RGB")
         if image_size:
             image = fit(image, image_size)
-        return np.asarray(image)
+        pixels = np.asarray(image)
+        return pixels[..., 0] if palette and (pixels == pixels[..., :1]).all() else pixels
 
 
 def printable(path):

@@ -1,6 +1,8 @@
 """Turn a checkpoint into pictures: python infer.py --ckpt checkpoints/NAME/best.pt"""
 
+import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -9,16 +11,17 @@ import torch
 from data import load
 from model import build
 from utils import (ArgumentParser, UserError, call, default_device, device_type, interleave, load_checkpoint, number,
-                   one_line, save_grid, save_picture, stream, visualize_manifold)
+                   one_line, run_name, save_grid, save_picture, stream, visualize_manifold)
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Turn a checkpoint into pictures, in results/<run>/.")
     default = "(default: %(default)s)"
     parser.add_argument("--ckpt", type=Path, metavar="FILE", help="(default: the newest checkpoints/**/best.pt)")
-    parser.add_argument("--results_dir", default="results", metavar="DIR", help=f"where pictures go {default}")
+    parser.add_argument("--results_dir", metavar="DIR", help="where pictures go (default: where the training's went)")
+    parser.add_argument("--dataset", metavar="PATH", help="the folder of images, if it was moved (default: as in training)")
     parser.add_argument("--data_dir", "--data_folder", metavar="DIR",
-                        help="where the dataset is (default: where it was in training)")
+                        help="where a named dataset is (default: as in training)")
     parser.add_argument("--only", metavar="NAMES", default=",".join(PICTURES), help=f"comma-separated {default}")
     parser.add_argument("--num_samples", type=number(int, 1), default=64, metavar="N", help=default)
     parser.add_argument("--temperature", type=number(float, 0), default=1.0, metavar="T",
@@ -49,15 +52,21 @@ def restore(path, device):
     try:
         model = build(state["args"], state["data"])
         model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        run_name(state["args"]["log_dir"])  # a file from elsewhere must not choose where we write
+        for name in ("results_dir", "dataset", "data_dir", "image_size", "levels", "binarize", "transform"):
+            state["args"][name]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, argparse.ArgumentTypeError) as error:
         raise UserError(f"{path} does not hold a model of this project ({one_line(error)})")
     return model.to(device).eval(), state
 
 
 def chosen_classes(args, about):
-    """The labels that --classes gives, by name or else by number; all by default. → int64 [n]"""
+    """The labels that --classes gives, all by default; by number where no class has a number for its name. → int64 [n]
+    """
     names = about["classes"]
-    label = {**{str(i): i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
+    label = {name: i for i, name in enumerate(names)}
+    if not any(name.isdecimal() for name in names):
+        label |= {str(i): i for i in range(len(names))}
     unknown = [name for name in args.classes or () if name not in label]
     if unknown:
         raise UserError(f"--classes: there is no {', '.join(unknown)}, only {', '.join(names)}")
@@ -83,14 +92,19 @@ def samples(model, about, split, args, save):
 
 def reconstructions(model, about, split, args, save):
     """Random test images, and below each the decoder's mean image of its latent."""
-    images, labels = split.batch(shuffled(split, args, "reconstructions")[:64])
+    order = shuffled(split, about, args, "reconstructions")
+    if not len(order):
+        return "no test image is of these classes"
+    images, labels = split.batch(order[:64])
     save(interleave(images / (about["levels"] - 1), model.reconstruct(images, labels), 16), "reconstructions", 16,
          "test images, the reconstruction below each")
 
 
 def interpolations(model, about, split, args, save, steps=10):
     """Straight lines in the latent space between two test images (of one class where the model is conditional)."""
-    order = shuffled(split, args, "interpolations").to(split.labels.device)
+    order = shuffled(split, about, args, "interpolations")
+    if not len(order):
+        return "no test image is of these classes"
     first, last = order[:8], order.flip(0)[:8]
     if args.conditional:
         last = torch.stack([order[split.labels[order] == split.labels[i]][-1] for i in first])
@@ -113,7 +127,7 @@ def manifold(model, about, split, args, save):
             z = model.to_prior(args.temperature * z.to(args.device))
             return model.mean_image(model.decode(z, label if label is None else label.expand(len(z)))).cpu()
         name = "" if label is None else about["classes"][label]
-        save(visualize_manifold(decoder), f"manifold_{name}" if name else "manifold", None,
+        save(visualize_manifold(decoder), "manifold" + re.sub(r"[^\w-]+", "_", f"_{name}" if name else ""), None,
              f"the 2-D latent space at the percentiles of {model.prior_name}" + (f", class {name}" if name else ""))
 
 
@@ -128,8 +142,10 @@ def classes(model, about, split, args, save, columns=10):
     save(images, "classes", columns, f"a row a class ({names}), the same latent down each column")
 
 
-def shuffled(split, args, purpose):
-    return torch.randperm(len(split), generator=stream(args.seed, purpose))
+def shuffled(split, about, args, purpose):
+    """The images of the split, or those of the chosen classes, in a random order. → indices, int64 [n]"""
+    order = torch.randperm(len(split), generator=stream(args.seed, purpose)).to(args.device)
+    return order[torch.isin(split.labels[order], chosen_classes(args, about))] if args.conditional else order
 
 
 PICTURES = {"samples": samples, "reconstructions": reconstructions, "interpolations": interpolations,
@@ -148,18 +164,21 @@ def main(argv=None):
     if args.conditional:
         chosen_classes(args, about)  # a class that does not exist ends it before anything is drawn
 
-    split, missing = None, ""
+    split = None
     if NEED_DATA & set(args.only):
         try:
-            split = load(trained["dataset"], args.data_dir or trained["data_dir"], trained["image_size"],
-                         trained["levels"], trained["binarize"], trained["transform"], device=args.device,
-                         download=False).test
-            if list(split.images.shape[1:]) != about["shape"]:
-                raise UserError(f"{trained['dataset']} has images of another size than the model was trained on")
-        except UserError as error:
-            missing = str(error)
+            data = load(args.dataset or trained["dataset"], args.data_dir or trained["data_dir"], trained["image_size"],
+                        trained["levels"], trained["binarize"], trained["transform"], device=args.device, download=False)
+            if any(data.about()[name] != about[name] for name in ("shape", "levels", "classes")):
+                raise UserError(f"{args.dataset or trained['dataset']} is not what the model was trained on: "
+                                f"{about['shape']}, classes {about['classes']}")
+            split = data.test
+        except (UserError, OSError) as error:
+            left_out = [name for name in args.only if name in NEED_DATA]
+            args.only = [name for name in args.only if name not in NEED_DATA]
+            print(f"left out {', '.join(left_out)}: {error}", file=sys.stderr)
 
-    folder = Path(args.results_dir) / trained["log_dir"]
+    folder = Path(args.results_dir or trained["results_dir"]) / trained["log_dir"]
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(images, name, nrow, caption):
@@ -168,8 +187,7 @@ def main(argv=None):
         print(path)
 
     for name in args.only:
-        reason = missing if name in NEED_DATA and split is None else \
-            PICTURES[name](model, about, split, args, save)
+        reason = PICTURES[name](model, about, split, args, save)
         if reason:
             print(f"left out {name}: {reason}", file=sys.stderr)
 

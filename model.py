@@ -207,8 +207,13 @@ class AE(nn.Module):
 
     @torch.no_grad()
     def fit_prior(self, batches):
-        """Fit a Gaussian to the z of images, so that an AE can be sampled from; batches of integer levels."""
+        """Fit a Gaussian to the z of images, so that an AE can be sampled from; batches of integer levels.
+
+        Raises FloatingPointError where a z is not finite.
+        """
         codes = torch.cat([self.embed(images).cpu().double() for images in batches])
+        if not codes.isfinite().all():
+            raise FloatingPointError
         covariance = codes.T.cov(correction=0).reshape(self.latent_size, self.latent_size)
         ridge = 1e-6 * covariance.diagonal().mean() + 1e-12  # unused dimensions have no variance
         self.prior_mean.copy_(codes.mean(0))

@@ -5,6 +5,7 @@ import contextlib
 import math
 import re
 import shlex
+import shutil
 import statistics
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from data import DATASETS, load
 from model import DEFAULT_LOSS, build
 from utils import (ArgumentParser, RunLog, Signals, UserError, active_units, beta_schedule, call, default_device,
-                   device_type, interleave, is_whole, load_checkpoint, locked, number, one_line, run_name,
+                   device_type, interleave, is_whole, load_checkpoint, locked, normal, number, one_line, run_name,
                    save_checkpoint, save_grid, stream, stream_seed, write_csv, write_json)
 
 WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
@@ -101,8 +102,13 @@ def parse_args(argv=None):
     if "resume" in given:
         return resume_args(parser, defaults, given)
     args = Namespace(**{**defaults, **given})
-    if args.dataset not in DATASETS and not Path(args.dataset).is_dir():
+    if args.dataset not in DATASETS and not (args.dataset and Path(args.dataset).is_dir()):
         parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} nor a folder")
+    if args.dataset not in DATASETS:
+        for name in ("results_dir", "checkpoint_dir", "data_dir"):
+            if Path(args.dataset).resolve() in [Path(vars(args)[name]).resolve(), *Path(vars(args)[name]).resolve().parents]:
+                parser.error(f"argument --dataset: --{name} {vars(args)[name]} lies within {args.dataset!r}, so what is "
+                             "written there would become images of it; give one of them another place")
     if args.image_size:
         if len(args.image_size) > 2:
             parser.error(f"argument --image_size: {len(args.image_size)} numbers, but height [width] are one or two")
@@ -178,8 +184,7 @@ def train_epoch(model, data, optimizer, args, state, beta, tick):
     for index in tqdm(order[done:], f"epoch {state['epoch'] + 1}", len(order), initial=done, leave=False,
                       disable=not args.progress_bar):
         images, labels = data.train.batch(index, args.seed, "binarize", state["step"])
-        noise = torch.randn(len(images), args.latent_size, device=images.device,
-                            generator=stream(args.seed, "noise", state["step"], device=images.device))
+        noise = normal((len(images), args.latent_size), images.device, args.seed, "noise", state["step"])
         terms = model(images, labels, noise)
         loss = terms[0] + beta * terms[1]
         if loss.device.type == "cpu" and not loss.isfinite():  # elsewhere a look at each step would stall the device
@@ -202,8 +207,7 @@ def test_epoch(model, split, args, purpose, tick):
     sums = 0
     for step, index in enumerate(torch.arange(len(split)).split(args.batch_size)):
         images, labels = split.batch(index)
-        noise = torch.randn(len(images), args.latent_size, device=images.device,
-                            generator=stream(args.seed, purpose, step, device=images.device))
+        noise = normal((len(images), args.latent_size), images.device, args.seed, purpose, step)
         sums = sums + weighted(model(images, labels, noise), len(images))
         tick()
     return means(sums, len(split))
@@ -211,7 +215,8 @@ def test_epoch(model, split, args, purpose, tick):
 
 def weighted(terms, n):
     """A batch's means as sums over its n images, on the device: a number fetched each step would stall a GPU."""
-    return n * torch.stack([term.detach() for term in terms if term is not None]).double()
+    sums = n * torch.stack([term.detach() for term in terms if term is not None])
+    return sums if sums.device.type == "mps" else sums.double()  # MPS has no float64
 
 
 def means(sums, n):
@@ -231,9 +236,9 @@ def run(args, data, resumed=None):
     """
     check(args, data, resumed)
     torch.manual_seed(stream_seed(args.seed, "weights"))
-    model = build(vars(args), about(data)).to(args.device)
+    model = build(vars(args), data.about()).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-                                  fused=args.device != "mps")
+                                  fused=torch.device(args.device).type != "mps")
     state = {"epoch": 0, "step": 0, "sums": torch.zeros(()), "best": math.inf, "history": [], "elapsed": 0.0}
     if resumed:
         state = restore(model, optimizer, resumed, state)
@@ -242,7 +247,7 @@ def run(args, data, resumed=None):
     with claimed(args, resumed) as (results, checkpoints), Signals() as signals:
         print(f"{args.log_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{'x'.join(map(str, data.shape))} pixels of {data.levels} levels, "
-              f"{' + '.join(f'{n:,}' for n in about(data)['images'])} images, {args.device}"
+              f"{' + '.join(f'{n:,}' for n in data.about()['images'])} images, {args.device}"
               + (f"; goes on after step {state['step']:,}" if resumed else ""), flush=True)
         log, saved, start = RunLog(results, state["history"]), time.monotonic(), time.monotonic() - state["elapsed"]
 
@@ -252,7 +257,7 @@ def run(args, data, resumed=None):
                 raise FloatingPointError
             state["elapsed"] = time.monotonic() - start
             for name in names:
-                save_checkpoint(checkpoints / name, {"args": vars(args), "data": about(data), "model": model.state_dict(),
+                save_checkpoint(checkpoints / name, {"args": vars(args), "data": data.about(), "model": model.state_dict(),
                                                      "optimizer": optimizer.state_dict(), **state})
             saved = time.monotonic()
 
@@ -284,12 +289,13 @@ def run(args, data, resumed=None):
         except FloatingPointError:
             whole = [str(path) for path in (checkpoints / "last.pt", checkpoints / "best.pt") if path.exists()]
             raise UserError(f"epoch {state['epoch'] + 1}, step {state['step'] + 1}: the loss or a weight is not finite "
-                            f"(lr {args.lr:g}, beta {beta_of(state['epoch']):g}). A smaller --lr helps, or --grad_clip "
-                            "1000." + (f" Still good: {', '.join(whole)}" if whole else ""))
+                            f"(lr {args.lr:g}, beta {beta_of(state['epoch']):g}). A smaller --lr or beta helps, or "
+                            "--grad_clip 1000." + (f" Still good: {', '.join(whole)}" if whole else ""))
         report(test, args)
         write_json(results / "test.json", test)
         log.close(state["history"])
-        print(f"wrote {results} and {checkpoints / 'best.pt'}\ndraw: python infer.py --ckpt {checkpoints / 'best.pt'}")
+        print(f"wrote {results} and {checkpoints / 'best.pt'}\n"
+              f"draw: python infer.py --ckpt {shlex.quote(str(checkpoints / 'best.pt'))}")
         return test
 
 
@@ -301,15 +307,9 @@ def check(args, data, resumed):
     if min(data.shape[1:]) < 8:
         raise UserError(f"{args.dataset}: images of {data.shape[1]}x{data.shape[2]} pixels are too small, 8x8 is the "
                         "least; --image_size enlarges them")
-    if resumed and about(data) != resumed["data"]:
+    if resumed and data.about() != resumed["data"]:
         raise UserError(f"{args.dataset} has changed since the run began (it was {resumed['data']}, and is "
-                        f"{about(data)}); bring it back, or train anew")
-
-
-def about(data):
-    """What a checkpoint says of the data."""
-    return {"shape": list(data.shape), "levels": data.levels, "classes": data.classes,
-            "images": [len(data.train), len(data.val), len(data.test)]}
+                        f"{data.about()}); bring it back, or train anew")
 
 
 def restore(model, optimizer, resumed, state):
@@ -354,19 +354,21 @@ def test_figures(model, data, args, history, tick):
             **{f"test_{name}": value for name, value in terms.items()}}
     if args.loss_mode == "vae":
         batches = torch.arange(len(data.test)).split(args.batch_size)
-        test["active_units"] = active_units(torch.cat([model.embed(*data.test.batch(index)) for index in batches]))
+        means = torch.cat([model.embed(*data.test.batch(index)) for index in batches])
+        test["active_units"] = active_units(means) if len(means) >= 20 else None  # too few to tell a variance
     return test
 
 
 def report(test, args):
     """Print the test figures, and what helps where the posterior has collapsed onto the prior."""
     print(f"best epoch {test['epoch']} on the test images: " + describe(test, "test_"))
-    if args.loss_mode == "vae":
-        active = test["active_units"]
-        print(f"active units: {active} of {args.latent_size}")
-        if test["test_kl"] < 1 or active < min(2, args.latent_size):
-            print(f"the posterior collapsed (KL {test['test_kl']:.3f} nats, {active} active units): the decoder ignores "
-                  "z. What helps: --beta_mode linear, a smaller --target_beta_val, or --free_bits 0.1")
+    if args.loss_mode == "ae":
+        return
+    active = test["active_units"]
+    print(f"active units: {'not known from so few test images' if active is None else active} of {args.latent_size}")
+    if test["test_kl"] < 1 or (active is not None and active < min(2, args.latent_size)):
+        print("the posterior collapsed: the decoder all but ignores z. What helps: --beta_mode linear, a smaller "
+              "--target_beta_val, or --free_bits 0.1")
 
 
 def print_epoch(row, args, improved):
@@ -383,10 +385,11 @@ def describe(row, prefix):
 @torch.no_grad()
 def draw_epoch(model, data, args, epoch, folder):
     """samples_EEE.png and reconstructions_EEE.png: the same latents and the same validation images each epoch."""
-    labels = None
-    if args.conditional:
-        labels = torch.arange(64, device=args.device) // 8 % len(data.classes)
-    _, samples = model.sample(64, labels, generator=stream(args.seed, "samples"))
+    n, labels = 64, None
+    if args.conditional:  # a row a class
+        n = 8 * len(data.classes)
+        labels = torch.arange(n, device=args.device) // 8
+    _, samples = model.sample(n, labels, generator=stream(args.seed, "samples"))
     save_grid(samples, folder / f"samples_{epoch:03d}.png", 8,
               f"{args.log_dir}, epoch {epoch}: samples from {model.prior_name}")
     images, labels = data.val.batch(torch.arange(min(32, len(data.val))))
@@ -398,8 +401,20 @@ def draw_epoch(model, data, args, epoch, folder):
 # ----------------------------------------------------------------------------------------------------------------
 # Folders and seeds
 
+OURS = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png", "samples*.png",
+        "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png", "last.pt", "best.pt")
+
+
 def holds_run(folder):
-    return any((folder / name).exists() for name in ("metrics.csv", "seeds.csv", "last.pt", "best.pt"))
+    return any((folder / name).exists() for name in ("metrics.csv", "seeds.csv", "last.pt", "best.pt")) or \
+        any(folder.glob("seed_*/last.pt"))
+
+
+def wipe(folders):
+    """Delete a run's files, and nothing else that may lie in its folders."""
+    for folder in folders:
+        for path in [path for name in OURS for path in folder.glob(name)] if holds_run(folder) else []:
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -414,32 +429,32 @@ def claimed(args, resumed):
     folders = [Path(root) / args.log_dir for root in (args.results_dir, args.checkpoint_dir)]
     made = []
     try:
-        for folder in folders:
-            for path in [*reversed(folder.parents), folder]:
-                if not path.exists():
-                    path.mkdir(exist_ok=True)
-                    made.append(path)
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        for path in reversed(made):
-            path.rmdir()
-        raise UserError(f"{folder} cannot be written ({error.strerror}); --results_dir and --checkpoint_dir move it")
-    with locked(folders[1]):
-        if not resumed and any(map(holds_run, folders)):  # also one that another process has made just now
-            if not args.overwrite:
-                raise UserError(f"{folders[1]} holds a run already; {WAYS_ON}")
+        try:
             for folder in folders:
-                for kind in ("*.png", "*.csv", "*.json", "*.pt", "events.out.*"):
-                    for path in folder.glob(kind):
-                        path.unlink()
-        yield folders
+                for path in [*reversed(folder.parents), folder]:
+                    if not path.exists():
+                        path.mkdir(exist_ok=True)
+                        made.append(path)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}); --results_dir and --checkpoint_dir move it")
+        with locked(folders[1]):
+            if not resumed and any(map(holds_run, folders)):  # also one that another process has made just now
+                if not args.overwrite:
+                    raise UserError(f"{folders[1]} holds a run already; {WAYS_ON}")
+                wipe(folders)
+            yield folders
+    finally:
+        if not any(folders[1].glob("*.pt")):  # it ended before there was anything to keep
+            for path in reversed(made):
+                shutil.rmtree(path) if path in folders else path.rmdir()
 
 
 def free_name(args):
     """A name made of what matters, with a number where it is taken."""
     name = "_".join(["cvae" if args.conditional else args.loss_mode,
                      args.dataset if args.dataset in DATASETS else
-                     re.sub(r"[^\w.-]+", "_", Path(args.dataset).resolve().name), args.model])
+                     re.sub(r"[^\w.-]+", "_", Path(args.dataset).resolve().name) or "images", args.model])
     number, free = 1, name
     while any((Path(root) / free).exists() for root in (args.results_dir, args.checkpoint_dir)):
         number, free = number + 1, f"{name}_{number + 1}"
@@ -449,6 +464,9 @@ def free_name(args):
 def run_seeds(args, data, resumed):
     """A run for each seed in a folder of its own, then mean ± standard deviation of every test figure."""
     group = Path(args.log_dir).parent.as_posix() if resumed else args.log_dir or free_name(args)
+    if args.overwrite:
+        for root in (args.results_dir, args.checkpoint_dir):  # also the seeds of before that are none of now
+            wipe([Path(root) / group, *Path(root, group).glob("seed_*")])
     tests = []
     for seed in args.seeds:
         one = Namespace(**{**vars(args), "seed": seed, "log_dir": f"{group}/seed_{seed}"})
@@ -457,7 +475,9 @@ def run_seeds(args, data, resumed):
     columns = [f"seed_{seed}" for seed in args.seeds]
     rows = []
     for name in tests[0]:
-        values = [test[name] for test in tests]
+        values = [test[name] for test in tests if test[name] is not None]
+        if not values:
+            continue
         std = statistics.stdev(values) if len(values) > 1 else None
         rows.append({"figure": name, "mean": statistics.mean(values), "std": std, **dict(zip(columns, values))})
         print(f"{name:14s} {rows[-1]['mean']:10.4f}" + (f" ± {std:.4f}" if std is not None else ""))

@@ -69,7 +69,7 @@ def fit(folder, *flags, epochs=2):
     argv = [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", f"--epochs={epochs}", "--batch_size=32",
             "--log_dir=run", "--model=mlp", "--overwrite", *flags]
     train.main(argv)
-    results = Path("results/run")
+    results = Path(*[flag.split("=")[1] for flag in flags if "results_dir" in flag] or ["results"]) / "run"
     with open(results / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     return rows, json.loads((results / "test.json").read_text())
@@ -131,8 +131,9 @@ def test_beta_schedules():
     assert linear(0) == 0 and linear(5) == pytest.approx(0.3) and linear(20) == pytest.approx(1.2)
     cyclical = [utils.beta_schedule("cyclical", 2.0, 40)(e) for e in range(40)]
     assert cyclical[:10] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2, 2, 2, 2, 2]) and cyclical == cyclical[:10] * 4
-    for epochs in range(2, 20):  # no length of run is left without its KL
-        assert max(utils.beta_schedule("cyclical", 1.0, epochs)(e) for e in range(epochs)) == 1
+    for epochs in range(2, 40):  # no length of run is left without its KL, in its last epoch least of all
+        betas = [utils.beta_schedule("cyclical", 1.0, epochs)(e) for e in range(epochs)]
+        assert betas[0] == 0 and betas[-1] == max(betas) == 1
 
 
 def test_manifold_is_decoded_at_the_percentiles():
@@ -446,6 +447,49 @@ def test_a_changed_folder_is_noticed(tmp_path):
     assert any(np.array_equal(image[0], changed) for s in (after.train, after.val, after.test) for image in s.images)
 
 
+def test_a_cache_that_is_damaged_is_made_again(tmp_path):
+    for i in range(20):
+        picture(tmp_path / "in" / f"{i:02d}.png", seed=i)
+    (tmp_path / "in" / "20.png").touch()
+    before = data.load(str(tmp_path / "in"), tmp_path)
+    for damaged in sorted((tmp_path / "cache").rglob("*.npy")):
+        damaged.unlink() if damaged.name == "2.npy" else damaged.write_bytes(damaged.read_bytes()[:100])
+        assert torch.equal(before.train.images, data.load(str(tmp_path / "in"), tmp_path).train.images)
+
+
+def test_unreadable_files_are_named_each_time(tmp_path, capsys):
+    for i in range(20):
+        picture(tmp_path / "in" / f"{i:02d}.png", seed=i)
+    (tmp_path / "in" / "20.png").touch()
+    for _ in range(2):
+        data.load(str(tmp_path / "in"), tmp_path)
+        said = capsys.readouterr().err
+        assert "20.png" in said and "1 of 21" in said
+
+
+def test_downloaded_archives_go_and_the_users_own_stay(tmp_path, monkeypatch):
+    class Stub:
+        filename, classes, targets = "cifar-10-python.tar.gz", ["a", "b"], [0, 1] * 20
+        data = np.zeros((40, 32, 32, 3), np.uint8)
+
+        def __init__(self, root, train, download):
+            (root / self.filename).write_text("archive")
+    monkeypatch.setattr(utils.torchvision.datasets, "CIFAR10", Stub)
+    (tmp_path / "backup.tar.gz").write_text("mine")
+    assert data.load("cifar10", tmp_path).shape == (3, 32, 32)
+    assert [path.name for path in tmp_path.iterdir()] == ["backup.tar.gz"]
+
+
+def test_grey_files_of_any_kind_are_one_channel(tmp_path):
+    for i, mode in enumerate(("LA", "P", "L", "1")):
+        image = Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).convert(mode)
+        image.save(tmp_path / "x.png")
+        assert data.to_array(tmp_path / "x.png", None).shape == (8, 8)
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match="32 bits"):
+        data.to_array(tmp_path / "x.tiff", None)
+
+
 def test_images_of_every_kind_in_one_folder(tmp_path, capsys):
     for i, (mode, suffix) in enumerate([("L", "png"), ("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg"),
                                         ("I;16", "png"), ("L", "jpeg"), ("RGB", "webp"), ("L", "bmp"), ("RGB", "tiff"),
@@ -508,7 +552,72 @@ def test_test_figures_are_those_of_the_best_checkpoint(folder, workplace):
     mean, log_std = net.encode(split.images)
     kl = D.kl_divergence(D.Normal(mean, log_std.exp()), D.Normal(0.0, 1.0)).sum(1).mean()
     assert test["test_kl"] == pytest.approx(kl.item(), rel=1e-5)
-    assert test["active_units"] == int((mean.var(0) > 0.01).sum())
+    assert test["active_units"] == int((mean.var(0, correction=0) > 0.01).sum())
+
+
+def test_the_best_epoch_need_not_be_the_last(folder, workplace, monkeypatch):
+    weights, ranks = [], iter([3.0, 1.0, 2.0])
+    run_epoch = train.run_epoch
+
+    def ranked(net, *args):
+        row = {**run_epoch(net, *args), "val_loss": next(ranks)}
+        weights.append({name: value.clone() for name, value in net.state_dict().items()})
+        return row
+    monkeypatch.setattr(train, "run_epoch", ranked)
+    _, test = fit(folder, "--levels=2", epochs=3)
+    best = utils.load_checkpoint(Path("checkpoints/run/best.pt"))
+    assert same(best["model"], weights[1]) and best["epoch"] == test["epoch"] == 2 and best["best"] == 1
+    net, _ = infer.restore(Path("checkpoints/run/best.pt"), "cpu")
+    mean, log_std = net.encode(data.load(str(folder), "data", levels=2).test.images)
+    assert test["test_kl"] == pytest.approx(utils.KLD(mean, log_std).mean().item(), rel=1e-5)
+
+
+def test_each_epoch_sees_each_image_once_in_a_new_order_and_new_noise(folder, workplace, monkeypatch):
+    seen, forward = [], model.VAE.forward
+
+    def watched(self, images, labels=None, noise=None):
+        if self.training:
+            seen.append((images.flatten(1).long() @ torch.arange(1, 785), noise))
+        return forward(self, images, labels, noise)
+    monkeypatch.setattr(model.VAE, "forward", watched)
+    fit(folder)
+    codes, noise = (torch.cat(part) for part in zip(*seen))
+    first, second = codes.view(2, -1)
+    assert len(first) == 320 and torch.equal(first.sort()[0], second.sort()[0]) and not torch.equal(first, second)
+    assert len({row.numpy().tobytes() for row in noise}) == 640
+    assert noise.mean().abs() < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
+    seen, adamw = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: seen.append(options) or adamw(*args, **options))
+    fit(folder, "--lr=0.003", "--weight_decay=0.25", epochs=1)
+    assert seen[0]["lr"] == 0.003 and seen[0]["weight_decay"] == 0.25
+
+
+def test_tensorboard_has_the_curves_and_the_pictures(folder, workplace):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    rows, _ = fit(folder, "--levels=2")
+    events = EventAccumulator("results/run").Reload()
+    for name in ("val_loss", "train_kl", "val_bpd", "beta"):
+        assert [e.value for e in events.Scalars(name.replace("_", "/", 1))] == \
+            pytest.approx([float(row[name]) for row in rows])
+    assert {"samples", "reconstructions"} <= set(events.Tags()["images"])
+
+
+def test_overwrite_replaces_a_run_and_touches_nothing_else(folder, workplace):
+    fit(folder, epochs=3)
+    for name in ("results/run/holiday.png", "results/run/notes.txt", "results/photos/samples_001.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("mine")
+    fit(folder, epochs=1)
+    assert not Path("results/run/samples_002.png").exists() and len(list(Path("results/run").glob("events*"))) == 1
+    assert Path("results/run/holiday.png").read_text() == Path("results/run/notes.txt").read_text() == "mine"
+    train.main(["--dataset", str(folder), "--model", "mlp", "--epochs", "1", "--log_dir", "photos", "--overwrite"])
+    many = ["--dataset", str(folder), "--model", "mlp", "--hidden_dims", "8", "--epochs", "1", "--log_dir", "many"]
+    train.main([*many, "--seeds", "1", "2"])
+    train.main([*many, "--seeds", "2", "3", "--overwrite"])
+    assert {path.parent.name for path in Path("checkpoints/many").glob("*/best.pt")} == {"seed_2", "seed_3"}
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(folder, workplace):
@@ -620,6 +729,32 @@ def test_infer_without_the_dataset_draws_what_needs_none(folder, workplace, caps
     assert {path.name for path in (workplace / "elsewhere/run").iterdir()} == {"samples.png"}
     said = capsys.readouterr().err
     assert "left out reconstructions" in said and "images" in said
+
+
+def test_infer_follows_its_flags(folder, workplace, capsys):
+    fit(folder, "--results_dir=mine")
+    shutil.move("mine", "results")
+    infer.main(["--only", "samples", "--temperature", "0", "--num_samples", "4"])
+    with Image.open("mine/run/samples.png") as image:  # beside the training's own results
+        cells = np.asarray(image)[:image.width, :, 0]
+    half = (image.width - 1) // 2
+    assert np.array_equal(cells[:half, :half], cells[:half, half:2 * half])  # without variance all samples are one
+    infer.main(["--only", "reconstructions", "--dataset", str(folder / "0")])
+    assert "left out reconstructions" in capsys.readouterr().err
+    shutil.copytree(folder, "moved")
+    infer.main(["--only", "reconstructions", "--dataset", "moved"])
+    assert Path("mine/run/reconstructions.png").exists()
+
+
+def test_classes_with_names_that_are_no_file_names(workplace, monkeypatch):
+    for i in range(80):
+        picture(workplace / "images" / ("a b", "t(1)")[i % 2] / f"{i}.png", seed=i)
+    fit("images", "--conditional", "--latent_size=2", epochs=1)
+    seen = []
+    monkeypatch.setattr(model.ConditionalVAE, "reconstruct", lambda self, images, labels: seen.append(labels) or
+                        images.float())
+    infer.main(["--classes", "1"])  # by number, since no class has a number for its name
+    assert Path("results/run/manifold_t_1_.png").exists() and len(seen[0]) > 1 and seen[0].eq(1).all()
 
 
 def test_scripts_start_as_commands_and_help_names_every_default(workplace, folder):
@@ -871,7 +1006,8 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--device tpu", "cpu"), ("--binarize stochastic", "--levels 2"), ("--loss_mode ae --conditional", "--conditional"),
         ("--loss_mode ae --free_bits 1", "--free_bits"), ("--nosuch 1", "--nosuch"), ("--latent 3", "--latent"),
         ("--recon_loss l1", "mse"), ("--model vit", "mlp"), ("--transform sepia", "grayscale3"), ("surplus", "surplus"),
-        ("--resume nosuch.pt", "nosuch.pt"), ("--resume .", "a folder")]),
+        ("--batch_size 99999999999999999999", "--batch_size"), ("--seed 1" + 400 * "0", "--seed"), ("--device meta", "cpu"),
+        ("--dataset .", "--results_dir"), ("--resume nosuch.pt", "nosuch.pt"), ("--resume .", "a folder")]),
     *((infer, *row) for row in [
         ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"), ("--num_samples 0", "--num_samples"),
         ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"), ("--seed x", "--seed")])]
@@ -879,7 +1015,8 @@ WRONG = [  # (script, its arguments, what the line says)
 BAD_FOLDERS = {  # what is in it → what the line says
     "nothing": "holds no images", "text files": "holds no images", "unreadable images": "none of its 1 image files",
     "too few images": "ten or more", "two sizes": "9x9 and 9x10", "no classes": "no classes", "tiny images": "too small",
-    "other classes in test": "different classes"}
+    "other classes in test": "different classes", "train without test": "look like splits",
+    "more loose than in folders": "are these classes", "an unreadable test": "in test/ can be read"}
 
 BAD_CHECKPOINTS = {
     "a text file": "cut short", "a checkpoint of another program": "this project", "pickled code": "this project",
@@ -899,7 +1036,15 @@ def fill(root, what):
         (root / "a.png").write_text("a")
     elif what == "other classes in test":
         picture(root / "train" / "a" / "1.png"), picture(root / "test" / "b" / "1.png")
+    elif what in ("train without test", "an unreadable test"):
+        for i in range(20):
+            picture(root / "train" / f"{i}.png", seed=i)
+        (root / "test").mkdir()
+        picture(root / "val" / "1.png") if what == "train without test" else (root / "test" / "1.png").touch()
+        (root / "test").rmdir() if what == "train without test" else None
     else:
+        if what == "more loose than in folders":
+            picture(root / "a" / "1.png")
         for i in range({"nothing": 0, "too few images": 1}.get(what, 20)):
             picture(root / f"{i}.png", (5 if what == "tiny images" else 9, 10 if what == "two sizes" and i % 2 else 9))
 
@@ -990,7 +1135,7 @@ def test_bad_input(kind, script, what, said, expected, folder, trained, workplac
     capsys.readouterr()
     status, error = outcome(script.main, argv, capsys)
     assert status == expected and said in error and "Traceback" not in error
-    assert error.count("\n") == 1 or what == "unreadable images"  # which also names them
+    assert error.count("\n") == 1 or what == "an unreadable test"  # which is named too
     after = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file() and path.name != "lock"}
     assert {path for path in after if "cache" not in path.parts} <= set(before)
     assert all(after[path] == content for path, content in before.items() if path.name != "lock")
@@ -1006,9 +1151,16 @@ def test_a_damaged_checkpoint_is_reported_with_what_else_there_is(trained, workp
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workplace, capsys):
     status, error = outcome(train.main, ["--dataset", folder, "--lr", "1e30", "--model", "mlp", "--epochs", "2",
-                                         "--save_every", "0", "--log_dir", "run"], capsys)
+                                         "--log_dir", "run"], capsys)
     assert status == 1 and all(part in error for part in ("epoch 1", "step", "not finite", "--lr", "1e+30", "beta 1"))
-    assert all(map(utils.is_whole, workplace.rglob("*.pt")))
+    assert {path.name for path in workplace.iterdir()} <= {"data"}  # it ended before there was anything to keep
+    fit(folder, epochs=1)
+    before = utils.load_checkpoint(Path("checkpoints/run/last.pt"))
+    before["model"]["decoder.net.2.bias"][0] = 3e38
+    utils.save_checkpoint(Path("checkpoints/run/last.pt"), {**before, "args": {**before["args"], "epochs": 2}})
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--save_every", "0"], capsys)
+    assert status == 1 and "not finite" in error and "Still good: checkpoints/run/last.pt" in error
+    assert utils.is_whole(Path("checkpoints/run/last.pt"))
 
 
 # ----------------------------------------------------------------------------------------------------------------

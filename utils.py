@@ -41,30 +41,27 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def number(kind, low, above=False):
     """An argparse type: a finite int or float, at least `low`, or greater than it (`above`)."""
-    allowed = f"a whole number {'>' if above else '>='} {low}" if kind is int else \
-              f"a finite number {'>' if above else '>='} {low}"
+    high = 2**31 - 1 if kind is int else math.inf
+    allowed = f"a {'whole' if kind is int else 'finite'} number {'>' if above else '>='} {low}"
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and (value > low if above else value >= low)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed, only {allowed}")
+        if not (low < value < high or (value == low and not above)):
+            raise argparse.ArgumentTypeError(f"{text[:30]!r} is not allowed, only {allowed}")
         return value
     return parse
 
 
 def device_type(text):
-    """An argparse type: a torch.device that this machine has."""
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        here += ["mps"] if torch.backends.mps.is_available() else []
+    """An argparse type: cpu, cuda, cuda:N or mps, where this machine has it."""
+    here = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
+            *["mps"] * torch.backends.mps.is_available()]
+    if text not in here:
         raise argparse.ArgumentTypeError(f"{text!r} is not on this machine, only {', '.join(here)}")
-    return str(device)
+    return text
 
 
 def default_device():
@@ -138,7 +135,11 @@ def call(main):
     except MemoryError:
         message = "out of memory; a smaller --batch_size, --image_size or --limit needs less"
     except torch.OutOfMemoryError as error:
-        message = f"{str(error).splitlines()[0]} A smaller --batch_size or --image_size needs less."
+        message = f"{one_line(error)}; a smaller --batch_size, --image_size or model needs less"
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        message = "out of memory; a smaller --batch_size, --image_size or model needs less"
     except KeyboardInterrupt:
         sys.exit(130)
     else:
@@ -180,22 +181,22 @@ def active_units(means):
 
     means: [N, D], posterior means of N images → int
     """
-    return int((means.double().var(0) > 0.01).sum())
+    return int((means.cpu().double().var(0, correction=0) > 0.01).sum())
 
 
 def beta_schedule(mode, target, epochs):
     """The weight of the KL as a function of the number of epochs already finished.
 
-    constant: target. linear: target · finished / epochs, so 0 in the first epoch. cyclical: up to four cycles, each
-    rising linearly from 0 through its first half and staying at target for the rest (Fu et al. 2019, eq. 6-7,
-    M = 4, R = 0.5); fewer cycles where they would be shorter than two epochs.
+    constant: target. linear: target · finished / epochs, so 0 in the first epoch (and in the only one). cyclical: up
+    to four cycles, each rising linearly from 0 through its first half and staying at target for the rest (Fu et al.
+    2019, eq. 6-7, M = 4, R = 0.5); fewer cycles where they would be shorter than two epochs.
     """
     if mode == "constant":
         return lambda finished: target
     if mode == "linear":
         return lambda finished: target * finished / epochs
     if mode == "cyclical":
-        length = math.ceil(epochs / max(1, min(4, epochs // 2)))
+        length = epochs / max(1, min(4, epochs // 2))
         return lambda finished: target * min(1.0, (finished % length) / length / 0.5)
     raise ValueError(f"beta mode {mode!r}: constant, linear or cyclical")
 
@@ -225,8 +226,15 @@ def stream_seed(*key):
 
 
 def stream(*key, device="cpu"):
-    """A new generator for one purpose, such as stream(seed, "noise", step)."""
-    return torch.Generator(device).manual_seed(stream_seed(*key))
+    """A new generator for one purpose, such as stream(seed, "noise", step): on a CUDA device, else on the CPU."""
+    device = torch.device(device)
+    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(stream_seed(*key))
+
+
+def normal(shape, device, *key):
+    """N(0, 1) numbers from the stream of that key."""
+    generator = stream(*key, device=device)
+    return torch.randn(shape, generator=generator, device=generator.device).to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -319,15 +327,17 @@ def load_checkpoint(path):
 
     Raises UserError where the file is damaged, holds a number that is not finite, or is none of this project's.
     """
+    content = io.BytesIO(path.read_bytes())
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself would load a flipped bit in silence
+        with zipfile.ZipFile(content) as archive:  # torch itself would load a flipped bit in silence
             damaged = archive.testzip()
     except Exception:  # bytes that only look like a zip may raise anything
         raise UserError(f"{path} is not a checkpoint of this project, or was cut short")
     if damaged:
         raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content.seek(0)
+        state = torch.load(content, map_location="cpu", weights_only=True)
         name, version = state["format"].rsplit(" ", 1)
         assert name == FORMAT and state.keys() >= {"args", "data", "model"}
         version = int(version)
@@ -346,7 +356,7 @@ def is_whole(path):
     """Whether a checkpoint is there and verifies."""
     try:
         return path.is_file() and bool(load_checkpoint(path))
-    except UserError:
+    except (UserError, OSError):
         return False
 
 
