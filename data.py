@@ -118,7 +118,7 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     return Data(train, val, test, tuple(train.images.shape[1:]), levels, classes)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pixels
 
 def quantize(images, levels):
@@ -164,7 +164,7 @@ def resize(images, size):
     return small[:, None] if grey else small.transpose(0, 3, 1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The cache of what takes long to make: plain .npy files, read without pickle
 
 def cached(data_dir, key, count, make):
@@ -187,7 +187,7 @@ def cached(data_dir, key, count, make):
     return arrays
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The named datasets, through torchvision
 
 def read_named(dataset, data_dir, download):
@@ -219,7 +219,7 @@ def read_named(dataset, data_dir, download):
     return *splits, [name.split(" - ")[0] for name in parts[0].classes]  # MNIST's are "3 - three"
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A folder of images
 
 def read_folder(root, data_dir, image_size, progress_bar):
@@ -351,7 +351,7 @@ def printable(path):
     return os.fsencode(path).decode(errors="replace")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # glyphs: digits in the typefaces that matplotlib ships
 
 TYPEFACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",

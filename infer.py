@@ -1,6 +1,5 @@
 """Turn a checkpoint into pictures: python infer.py --ckpt checkpoints/NAME/best.pt"""
 
-import argparse
 import math
 import re
 import sys
@@ -11,7 +10,7 @@ import torch
 from data import load
 from model import build
 from utils import (ArgumentParser, UserError, call, default_device, device_type, interleave, load_checkpoint, number,
-                   one_line, run_name, save_grid, save_picture, stream, visualize_manifold)
+                   one_line, save_grid, save_picture, stream, visualize_manifold)
 
 
 def parse_args(argv=None):
@@ -52,10 +51,9 @@ def restore(path, device):
     try:
         model = build(state["args"], state["data"])
         model.load_state_dict(state["model"])
-        run_name(state["args"]["log_dir"])  # a file from elsewhere must not choose where we write
         for name in ("results_dir", "dataset", "data_dir", "image_size", "levels", "binarize", "transform"):
             state["args"][name]
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, argparse.ArgumentTypeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this project ({one_line(error)})")
     return model.to(device).eval(), state
 
@@ -73,7 +71,7 @@ def chosen_classes(args, about):
     return torch.tensor([label[name] for name in args.classes or names], device=args.device)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One function a picture: (model, about, split, args, save) → nothing, or why there is none.
 # split is the test split, None where the dataset is not on this machine.
 

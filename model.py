@@ -16,7 +16,7 @@ from utils import KLD, elbo_to_bpd, sample_reparameterize
 DEFAULT_LOSS = {2: "bce", 16: "categorical", 256: "mse"}  # by levels
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Networks: no batch normalisation and no dropout, which would make a step depend on more than its own images.
 
 class MLPEncoder(nn.Module):
@@ -96,7 +96,7 @@ class CNNDecoder(nn.Module):
         return F.pixel_shuffle(self.out(x), 2)[..., :height, :width]  # an odd side came out one pixel too long
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Models
 
 class AE(nn.Module):

@@ -89,7 +89,6 @@ def parse_args(argv=None):
     run.add_argument("--device", type=device_type, default=default_device(), help=default)
     run.add_argument("--progress_bar", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
                      help="(default: on a terminal only)")
-
     run.add_argument("--resume", type=Path, metavar="FILE",
                      help="go on with the run of this checkpoint, whose arguments hold (default: a new run)")
     run.add_argument("--save_every", type=number(float, 0), default=60.0, metavar="SECONDS",
@@ -147,20 +146,19 @@ def resume_args(parser, defaults, given):
         others = [str(other) for other in sorted(path.parent.glob("*.pt")) if other != path and is_whole(other)]
         raise UserError(f"{error}; " + (f"whole, and good for --resume: {', '.join(others)}" if others else
                                         f"nothing else in {path.parent} can be resumed"))
-    args = Namespace(**{**defaults, **resumed["args"], "resume": None, "overwrite": False, "progress_bar":
-                        defaults["progress_bar"], **given})
-    before = resumed["args"]["epochs"]
+    began = {**defaults, **resumed["args"], "resume": None, "overwrite": False,
+             "progress_bar": defaults["progress_bar"]}
+    args, before = Namespace(**{**began, **given}), began["epochs"]
     if args.epochs < before or (args.epochs > before and args.beta_mode != "constant"):
         parser.error(f"argument --epochs: {args.epochs} is not allowed beside --resume, only " + (
             f"{before} or more" if args.beta_mode == "constant" else f"{before}, on which --beta_mode depends"))
-    began = resumed["args"]["device"]
     try:
         device_type(args.device)
     except argparse.ArgumentTypeError:
-        parser.error(f"argument --device: the run began on {began}, which is not on this machine; --device "
+        parser.error(f"argument --device: the run began on {began['device']}, which is not on this machine; --device "
                      f"{default_device()} goes on, though not to the same last bit")
-    if args.device != began:
-        print(f"--device {args.device}: the run began on {began}, so it will not end with the same last bit as without "
+    if args.device != began["device"]:
+        print(f"--device {args.device}: the run began on {began['device']}, so it will not end with the same last bit as without "
               "the change", file=sys.stderr)
     folder, name = path.resolve().parent, Path(args.log_dir)
     if folder.parts[-len(name.parts):] == name.parts:  # the run's folder is where the file is, though it was moved
@@ -169,7 +167,7 @@ def resume_args(parser, defaults, given):
     return args, resumed
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The two loops
 
 def train_epoch(model, data, optimizer, args, state, beta, tick):
@@ -226,7 +224,7 @@ def means(sums, n):
     return dict(zip(("rec", "kl", "bpd"), (sums / n).tolist()))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A run
 
 def run(args, data, resumed=None):
@@ -253,7 +251,7 @@ def run(args, data, resumed=None):
 
         def save(*names):
             nonlocal saved
-            if not all(value.isfinite().all() for value in model.state_dict().values()):
+            if not all(value.isfinite().all() for value in [state["sums"], *model.state_dict().values()]):
                 raise FloatingPointError
             state["elapsed"] = time.monotonic() - start
             for name in names:
@@ -271,7 +269,7 @@ def run(args, data, resumed=None):
                 sys.exit(128 + signals.received)
 
         try:
-            if resumed and not is_whole(checkpoints / "best.pt"):  # only last.pt was kept: it is the best known
+            if state["history"] and not is_whole(checkpoints / "best.pt"):  # only last.pt was kept: the best known
                 save("best.pt")
             while state["epoch"] < args.epochs:
                 beta = beta_of(state["epoch"])
@@ -398,7 +396,7 @@ def draw_epoch(model, data, args, epoch, folder):
               f"{args.log_dir}, epoch {epoch}: validation images, reconstructions below each")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Folders and seeds
 
 OURS = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png", "samples*.png",
@@ -446,8 +444,9 @@ def claimed(args, resumed):
             yield folders
     finally:
         if not any(folders[1].glob("*.pt")):  # it ended before there was anything to keep
-            for path in reversed(made):
-                shutil.rmtree(path) if path in folders else path.rmdir()
+            with contextlib.suppress(OSError):
+                for path in reversed(made):
+                    shutil.rmtree(path) if path in folders else path.rmdir()
 
 
 def free_name(args):

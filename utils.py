@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line: a user's mistake is one line and an exit status, never a traceback.
 
 class UserError(Exception):
@@ -148,7 +148,7 @@ def call(main):
     sys.exit(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Mathematics
 
 def sample_reparameterize(mean, std, noise=None):
@@ -216,7 +216,7 @@ def visualize_manifold(decoder, grid_size=20):
     return _torchvision().utils.make_grid(images, nrow=grid_size, padding=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Randomness: every draw is a pure function of (seed, purpose, index), so a run can stop and go on anywhere.
 
 def stream_seed(*key):
@@ -237,7 +237,7 @@ def normal(shape, device, *key):
     return torch.randn(shape, generator=generator, device=generator.device).to(device)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # torchvision and pictures
 
 def _torchvision():
@@ -295,7 +295,7 @@ def save_grid(images, path, nrow, caption):
     save_picture(grid, path, caption)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints: plain data and tensors, replaced atomically, verified when read
 
 FORMAT, VERSION = "plain-vae", 1
@@ -339,8 +339,9 @@ def load_checkpoint(path):
         content.seek(0)
         state = torch.load(content, map_location="cpu", weights_only=True)
         name, version = state["format"].rsplit(" ", 1)
-        assert name == FORMAT and state.keys() >= {"args", "data", "model"}
         version = int(version)
+        assert name == FORMAT and isinstance(state["model"], dict) and isinstance(state["data"], dict)
+        run_name(state["args"]["log_dir"])  # a file from elsewhere must not choose where we write
     except Exception:
         raise UserError(f"{path} is not a checkpoint of this project")
     if version > VERSION:
@@ -369,7 +370,7 @@ def tensors(tree):
             yield from tensors(part)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The log of a run
 
 COLUMNS = ("epoch", "beta", "lr", "train_loss", "train_rec", "train_kl", "train_bpd",
