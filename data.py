@@ -33,7 +33,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 class Split:
     """images: uint8 [N, C, H, W], integer levels; labels: int64 [N].
 
-    Where `stochastic`, the images are intensities 0 … 255 and become levels 0 and 1 anew each time they are seen.
+    Where `stochastic`, the images are intensities 0 … 255 and become levels 0 and 1 anew each time they are
+    seen.
     """
     images: torch.Tensor
     labels: torch.Tensor
@@ -69,8 +70,8 @@ class Data:
                 "images": [len(self.train), len(self.val), len(self.test)]}
 
 
-def load(dataset, data_dir="data", image_size=None, levels=256, binarize="threshold", transform="none", limit=None,
-         device="cpu", download=True, progress_bar=False):
+def load(dataset, data_dir="data", image_size=None, levels=256, binarize="threshold", transform="none",
+         limit=None, device="cpu", download=True, progress_bar=False):
     """Read a dataset whole.
 
     dataset: one of DATASETS, or the path of a folder of images
@@ -105,8 +106,8 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     val = Split(*train.batch(held_out))
     train = Split(*train.batch(order[:len(order) - len(held_out)][:limit]))
     if not (len(train) and len(val) and len(test)):
-        raise UserError(f"{dataset}: {len(train)} + {len(val)} + {len(test)} images for training, validation and "
-                        "test; each needs at least one, so give it ten or more")
+        raise UserError(f"{dataset}: {len(train)} + {len(val)} + {len(test)} images for training, validation "
+                        "and test; each needs at least one, so give it ten or more")
     for name, split in (("train", train), ("val", val), ("test", test)):
         split.stochastic = levels == 2 and binarize == "stochastic"
         if split.stochastic and name != "train":  # one draw, the same for ever
@@ -122,15 +123,16 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
 # Pixels
 
 def quantize(images, levels):
-    """uint8 intensities 0 … 255 → uint8 levels 0 … levels - 1: as stored, the upper 4 bits, or 1 where x > 0.5."""
+    """uint8 intensities 0 … 255 → levels: as stored (256), the upper 4 bits (16), 1 where x > 0.5 (2)."""
     return {256: images, 16: images >> 4, 2: (images > 127).byte()}[levels]
 
 
 def binarize(images, generator):
-    """Bernoulli draws with probability intensity / 255 (Salakhutdinov & Murray 2008): uint8 0 … 255 → uint8 0 or 1.
+    """uint8 intensities 0 … 255 → 0 or 1, drawn with probability x / 255 (Salakhutdinov & Murray 2008).
 
-    A 16-bit uniform word is compared with the probability in units of 2⁻¹⁶, which 257 p + (p >> 7) is to the nearest
-    integer: black never turns white, nor white black. Far cheaper than torch.bernoulli, which runs on one core.
+    A 16-bit uniform word is compared with the probability in units of 2⁻¹⁶, which 257 p + (p >> 7) is to the
+    nearest integer: black never turns white, nor white black. Far cheaper than torch.bernoulli, which runs on
+    one core.
     """
     words = torch.empty(-(-images.numel() // 4), dtype=torch.int64, device=generator.device)
     words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
@@ -160,7 +162,8 @@ def resize(images, size):
     """The same for uint8 [N, C, H, W], in NumPy."""
     from PIL import Image
     grey = images.shape[1] == 1
-    small = np.stack([np.asarray(fit(Image.fromarray(i[0] if grey else i.transpose(1, 2, 0)), size)) for i in images])
+    small = np.stack([np.asarray(fit(Image.fromarray(i[0] if grey else i.transpose(1, 2, 0)), size))
+                      for i in images])
     return small[:, None] if grey else small.transpose(0, 3, 1, 2)
 
 
@@ -168,7 +171,8 @@ def resize(images, size):
 # The cache of what takes long to make: plain .npy files, read without pickle
 
 def cached(data_dir, key, count, make):
-    """The `count` arrays of `make()`, kept in data_dir/cache/key. A cache that cannot be read is made again."""
+    """The `count` arrays of `make()`, kept in data_dir/cache/key. A cache that cannot be read is made again.
+    """
     folder = data_dir / "cache" / key
     try:
         return [np.load(folder / f"{number}.npy", allow_pickle=False) for number in range(count)]
@@ -195,8 +199,8 @@ def read_named(dataset, data_dir, download):
     from utils import torchvision
     name, by_hand = NAMED[dataset]
     source, folder = getattr(torchvision.datasets, name), data_dir / by_hand
-    archives = [folder / file for file, _ in getattr(source, "resources", [(getattr(source, "filename", None), "")])]
-    archives = [archive for archive in archives if not archive.exists()]  # the user's own stay
+    names = [file for file, _ in source.resources] if hasattr(source, "resources") else [source.filename]
+    archives = [folder / file for file in names if not (folder / file).exists()]  # the user's own stay
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
@@ -205,8 +209,8 @@ def read_named(dataset, data_dir, download):
     except Exception as error:
         if not download:
             raise UserError(f"{dataset} is not in {folder}; --data_dir says where it is")
-        raise UserError(f"{dataset} could not be fetched ({one_line(error)}): put its files into {folder.resolve()}, or "
-                        "use --dataset glyphs, which needs no network")
+        raise UserError(f"{dataset} could not be fetched ({one_line(error)}): put its files into "
+                        f"{folder.resolve()}, or use --dataset glyphs, which needs no network")
     finally:
         socket.setdefaulttimeout(timeout)
     for archive in archives:
@@ -223,8 +227,9 @@ def read_named(dataset, data_dir, download):
 # A folder of images
 
 def read_folder(root, data_dir, image_size, progress_bar):
-    """→ (train images, labels), (test images, labels), class names; the test part is empty where the folder has no
-    train/ and test/."""
+    """→ (train images, labels), (test images, labels), class names; the test part is empty where the folder
+    has no train/ and test/.
+    """
     if not root.is_dir():
         raise UserError(f"{root} is neither one of {', '.join(DATASETS)} nor a folder of images")
     parts, splits = [list_images(root), ([], [])], {"train", "val", "valid", "validation", "test"}
@@ -235,25 +240,27 @@ def read_folder(root, data_dir, image_size, progress_bar):
             raise UserError(f"{printable(root)}: train/ and test/ have different classes "
                             f"({', '.join(parts[0][1]) or 'none'}; {', '.join(parts[1][1]) or 'none'})")
         if left_out:
-            print(f"{printable(root)}: beside train/ and test/, {', '.join(left_out)} is left out", file=sys.stderr)
+            print(f"{printable(root)}: beside train/ and test/, {', '.join(left_out)} is left out",
+                  file=sys.stderr)
     elif "train" in parts[0][1] and set(parts[0][1]) <= splits:
-        raise UserError(f"{printable(root)} has {'/, '.join(parts[0][1])}/, which look like splits, but no test/; give "
-                        "one of them a new name, or name the folder train/ itself as the dataset")
+        raise UserError(f"{printable(root)} has {'/, '.join(parts[0][1])}/, which look like splits, but no "
+                        "test/; give one of them a new name, or name the folder train/ itself as the dataset")
     classes, n_train = parts[0][1], len(parts[0][0])
     files = [(path, label) for part, _ in parts for path, label in part]
     if not files:
-        raise UserError(f"{printable(root)} holds no images ({' '.join(sorted(SUFFIXES))}), neither flat nor in a folder "
-                        "a class")
+        raise UserError(f"{printable(root)} holds no images ({' '.join(sorted(SUFFIXES))}), neither flat nor "
+                        "in a folder a class")
     signature = hashlib.sha256(repr([image_size, classes, n_train]).encode())
     for path, label in files:  # a file that is new, gone or changed makes another cache
         try:
             status = path.stat()
         except OSError:  # a link to nowhere or to itself: decode will name it
             continue
-        signature.update(f"{os.fspath(path.relative_to(root))!r} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+        signature.update(f"{os.fspath(path.relative_to(root))!r} {label} {status.st_size} "
+                         f"{status.st_mtime_ns}\n".encode())
     key = f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}-{signature.hexdigest()[:16]}"
-    images, labels, first_test, report = cached(data_dir, key, 4,
-                                                lambda: decode(root, files, n_train, image_size, progress_bar))
+    images, labels, first_test, report = cached(
+        data_dir, key, 4, lambda: decode(root, files, n_train, image_size, progress_bar))
     sys.stderr.write(report.tobytes().decode())  # each time, not only when they were decoded
     n = int(first_test)
     if n_train < len(files) and n == len(images):
@@ -262,13 +269,15 @@ def read_folder(root, data_dir, image_size, progress_bar):
 
 
 def list_images(root):
-    """→ [(path, label)], class names. A subfolder is a class; without any, the files of the folder itself count.
-    Hidden files and folders are no images and no classes."""
+    """→ [(path, label)], class names. A subfolder is a class; without any, the files of the folder itself
+    count. Hidden files and folders are no images and no classes.
+    """
     def is_image(name):
         return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
 
     def inside(folder):
-        return sorted(Path(where) / name for where, _, names in os.walk(folder) for name in names if is_image(name))
+        return sorted(Path(where) / name for where, _, names in os.walk(folder) for name in names
+                      if is_image(name))
     folders = {printable(folder.name): inside(folder) for folder in sorted(root.iterdir())
                if folder.is_dir() and not folder.name.startswith(".") and folder.name != "__MACOSX"}
     folders = {name: files for name, files in folders.items() if files}
@@ -276,20 +285,20 @@ def list_images(root):
     if not folders:
         return [(path, 0) for path in flat], []
     if len(flat) > sum(map(len, folders.values())):
-        raise UserError(f"{printable(root)} holds {len(flat)} images, and fewer in its folders ({', '.join(folders)}): "
-                        "are these classes? Move one or the other elsewhere")
+        raise UserError(f"{printable(root)} holds {len(flat)} images, and fewer in its folders "
+                        f"({', '.join(folders)}): are these classes? Move one or the other elsewhere")
     if flat:
-        print(f"{printable(root)}: it has a folder a class, so the {len(flat)} images beside them are left out",
+        print(f"{printable(root)}: it has a folder a class, so {len(flat)} images beside them are left out",
               file=sys.stderr)
     return [(path, label) for label, files in enumerate(folders.values()) for path in files], list(folders)
 
 
 def decode(root, files, n_train, image_size, progress_bar):
-    """Decode files [(path, label)] in parallel → images uint8 [N, C, H, W], labels int64 [N], where the test begins,
-    and a report of the files that cannot be read, as bytes.
+    """Decode files [(path, label)] in parallel → images uint8 [N, C, H, W], labels int64 [N], where the test
+    begins, and a report of the files that cannot be read, as bytes.
 
-    One channel where every file is grey, three otherwise. Raises UserError where the sizes differ and image_size does
-    not say to which size they should go, or where no file can be read.
+    One channel where every file is grey, three otherwise. Raises UserError where the sizes differ and
+    image_size does not say to which size they should go, or where no file can be read.
     """
     from PIL import Image
 
@@ -307,15 +316,17 @@ def decode(root, files, n_train, image_size, progress_bar):
     bad = [(path, array) for (path, _), array in zip(files, arrays) if isinstance(array, str)]
     good = [i for i, array in enumerate(arrays) if not isinstance(array, str)]
     lines = [f"left out: {printable(path)} ({reason})\n" for path, reason in bad[:20]]
-    lines += [f"{printable(root)}: {len(bad)} of {len(files)} files cannot be read and are left out\n"] if bad else []
+    if bad:
+        lines.append(f"{printable(root)}: {len(bad)} of {len(files)} files cannot be read and are left out\n")
     if not good:
         raise UserError(f"{printable(root)}: none of its {len(files)} image files can be read, such as "
                         f"{printable(bad[0][0])} ({bad[0][1]})")
     sizes = Counter(arrays[i].shape[:2] for i in good).most_common(2)
     if len(sizes) > 1:
         (a, _), (b, _) = sizes
-        raise UserError(f"{printable(root)}: its images differ in size ({a[1]}x{a[0]} and {b[1]}x{b[0]}, among others);"
-                        f" --image_size {a[0]} {a[1]}, say, brings all to {a[0]} rows of {a[1]} pixels")
+        raise UserError(f"{printable(root)}: its images differ in size ({a[1]}x{a[0]} and {b[1]}x{b[0]}, "
+                        f"among others); --image_size {a[0]} {a[1]}, say, brings all to {a[0]} rows of "
+                        f"{a[1]} pixels")
     channels = 3 if any(arrays[i].ndim == 3 for i in good) else 1
     images = np.empty((len(good), channels, *sizes[0][0]), np.uint8)
     for row, i in enumerate(good):
@@ -360,23 +371,25 @@ TYPEFACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansM
 
 
 def make_glyphs(seed=42, train=60_000, test=10_000):
-    """Grey 28×28 renderings of the ten digits, each with its own typeface, stroke, rotation, shear, scale and shift.
+    """Grey 28×28 renderings of the ten digits, each with its own typeface, stroke, rotation, shear, scale and
+    shift.
 
     → train images uint8 [60000, 1, 28, 28], labels, test images, labels
     """
-    templates = render_digits()                                              # [10, typefaces, strokes, 56, 56]
+    templates = render_digits()
     generator = torch.Generator().manual_seed(seed)
     n = train + test
     labels = torch.randint(10, (n,), generator=generator)
     choice = [torch.randint(size, (n,), generator=generator) for size in templates.shape[1:3]]
     uniform = torch.rand(n, 6, generator=generator) * 2 - 1
     angle, shear = 0.26 * uniform[:, 0], 0.25 * uniform[:, 1]                # ±15 degrees
-    width, height = 1.15 + 0.2 * uniform[:, 2], 1.0 + 0.12 * uniform[:, 3]   # of the window that is looked through
+    width, height = 1.15 + 0.2 * uniform[:, 2], 1.0 + 0.12 * uniform[:, 3]   # of the window looked through
     images = torch.empty(n, 1, 28, 28, dtype=torch.uint8)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(n, 2, 2)
     skew = torch.eye(2).repeat(n, 1, 1)
     skew[:, 0, 1] = shear
-    affine = torch.cat([rotation @ skew * torch.stack([width, height], 1)[:, None], 0.15 * uniform[:, 4:, None]], 2)
+    affine = torch.cat([rotation @ skew * torch.stack([width, height], 1)[:, None],
+                        0.15 * uniform[:, 4:, None]], 2)
     for i in torch.arange(n).split(1000):
         look = torch.nn.functional.affine_grid(affine[i], (len(i), 1, 28, 28), align_corners=False)
         glyphs = templates[labels[i], choice[0][i], choice[1][i]][:, None]
@@ -387,8 +400,9 @@ def make_glyphs(seed=42, train=60_000, test=10_000):
 
 
 def render_digits(strokes=(0, 2, 4)):
-    """→ float [10, typefaces, strokes, 56, 56] in [0, 1], white on black, slightly blurred so that sampling every
-    second pixel does not alias."""
+    """→ float [10, typefaces, strokes, 56, 56] in [0, 1], white on black, slightly blurred so that sampling
+    every second pixel does not alias.
+    """
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"

@@ -9,19 +9,23 @@ import torch
 
 from data import load
 from model import build
-from utils import (ArgumentParser, UserError, call, default_device, device_type, interleave, load_checkpoint, number,
-                   one_line, save_grid, save_picture, stream, visualize_manifold)
+from utils import (ArgumentParser, UserError, call, default_device, device_type, interleave, load_checkpoint,
+                   number, one_line, save_grid, save_picture, stream, visualize_manifold)
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Turn a checkpoint into pictures, in results/<run>/.")
     default = "(default: %(default)s)"
-    parser.add_argument("--ckpt", type=Path, metavar="FILE", help="(default: the newest checkpoints/**/best.pt)")
-    parser.add_argument("--results_dir", metavar="DIR", help="where pictures go (default: where the training's went)")
-    parser.add_argument("--dataset", metavar="PATH", help="the folder of images, if it was moved (default: as in training)")
+    parser.add_argument("--ckpt", type=Path, metavar="FILE",
+                        help="(default: the newest checkpoints/**/best.pt)")
+    parser.add_argument("--results_dir", metavar="DIR", 
+                        help="where pictures go (default: where the training's went)")
+    parser.add_argument("--dataset", metavar="PATH",
+                        help="the folder of images, if it was moved (default: as in training)")
     parser.add_argument("--data_dir", "--data_folder", metavar="DIR",
                         help="where a named dataset is (default: as in training)")
-    parser.add_argument("--only", metavar="NAMES", default=",".join(PICTURES), help=f"comma-separated {default}")
+    parser.add_argument("--only", metavar="NAMES", default=",".join(PICTURES),
+                        help=f"comma-separated {default}")
     parser.add_argument("--num_samples", type=number(int, 1), default=64, metavar="N", help=default)
     parser.add_argument("--temperature", type=number(float, 0), default=1.0, metavar="T",
                         help=f"scales the prior's standard deviation {default}")
@@ -37,10 +41,12 @@ def parse_args(argv=None):
     if args.ckpt is None:
         found = sorted(Path("checkpoints").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
-            parser.error("argument --ckpt: there is no checkpoints/**/best.pt here; train one with python train.py")
+            parser.error("argument --ckpt: there is no checkpoints/**/best.pt here; train one with python "
+                         "train.py")
         args.ckpt = found[-1]
     if not args.ckpt.is_file():
-        parser.error(f"argument --ckpt: {str(args.ckpt)!r} is {'a folder' if args.ckpt.is_dir() else 'not there'}; "
+        parser.error(f"argument --ckpt: {str(args.ckpt)!r} is "
+                     f"{'a folder' if args.ckpt.is_dir() else 'not there'}; "
                      "only a file such as checkpoints/NAME/best.pt")
     return args
 
@@ -59,7 +65,9 @@ def restore(path, device):
 
 
 def chosen_classes(args, about):
-    """The labels that --classes gives, all by default; by number where no class has a number for its name. → int64 [n]
+    """The labels that --classes gives, all by default; by number where no class has a number for its name.
+
+    → int64 [n]
     """
     names = about["classes"]
     label = {name: i for i, name in enumerate(names)}
@@ -76,7 +84,9 @@ def chosen_classes(args, about):
 # split is the test split, None where the dataset is not on this machine.
 
 def samples(model, about, split, args, save):
-    """Mean images of samples from the prior and, where the likelihood is one of discrete pixels, draws from it."""
+    """Mean images of samples from the prior and, where the likelihood is one of discrete pixels, draws from
+    it.
+    """
     columns, labels = math.ceil(math.sqrt(args.num_samples)), None
     if args.conditional:
         labels = chosen_classes(args, about)
@@ -94,12 +104,14 @@ def reconstructions(model, about, split, args, save):
     if not len(order):
         return "no test image is of these classes"
     images, labels = split.batch(order[:64])
-    save(interleave(images / (about["levels"] - 1), model.reconstruct(images, labels), 16), "reconstructions", 16,
-         "test images, the reconstruction below each")
+    pairs = interleave(images / (about["levels"] - 1), model.reconstruct(images, labels), 16)
+    save(pairs, "reconstructions", 16, "test images, the reconstruction below each")
 
 
 def interpolations(model, about, split, args, save, steps=10):
-    """Straight lines in the latent space between two test images (of one class where the model is conditional)."""
+    """Straight lines in the latent space between two test images (of one class where the model is
+    conditional).
+    """
     order = shuffled(split, about, args, "interpolations")
     if not len(order):
         return "no test image is of these classes"
@@ -117,7 +129,9 @@ def interpolations(model, about, split, args, save, steps=10):
 
 
 def manifold(model, about, split, args, save):
-    """A 2-D latent space, decoded at the percentiles of the prior; for a conditional model one picture a class."""
+    """A 2-D latent space, decoded at the percentiles of the prior; for a conditional model one picture a
+    class.
+    """
     if model.latent_size != 2:
         return f"the latent has {model.latent_size} dimensions, not 2"
     for label in chosen_classes(args, about) if args.conditional else [None]:
@@ -125,8 +139,10 @@ def manifold(model, about, split, args, save):
             z = model.to_prior(args.temperature * z.to(args.device))
             return model.mean_image(model.decode(z, label if label is None else label.expand(len(z)))).cpu()
         name = "" if label is None else about["classes"][label]
-        save(visualize_manifold(decoder), "manifold" + re.sub(r"[^\w-]+", "_", f"_{name}" if name else ""), None,
-             f"the 2-D latent space at the percentiles of {model.prior_name}" + (f", class {name}" if name else ""))
+        file, caption = "manifold", f"the 2-D latent space at the percentiles of {model.prior_name}"
+        if name:
+            file, caption = re.sub(r"[^\w-]+", "_", f"{file}_{name}"), f"{caption}, class {name}"
+        save(visualize_manifold(decoder), file, None, caption)
 
 
 def classes(model, about, split, args, save, columns=10):
@@ -165,8 +181,9 @@ def main(argv=None):
     split = None
     if NEED_DATA & set(args.only):
         try:
-            data = load(args.dataset or trained["dataset"], args.data_dir or trained["data_dir"], trained["image_size"],
-                        trained["levels"], trained["binarize"], trained["transform"], device=args.device, download=False)
+            data = load(args.dataset or trained["dataset"], args.data_dir or trained["data_dir"],
+                        trained["image_size"], trained["levels"], trained["binarize"], trained["transform"],
+                        device=args.device, download=False)
             if any(data.about()[name] != about[name] for name in ("shape", "levels", "classes")):
                 raise UserError(f"{args.dataset or trained['dataset']} is not what the model was trained on: "
                                 f"{about['shape']}, classes {about['classes']}")

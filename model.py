@@ -1,8 +1,8 @@
 """Encoders, decoders and likelihoods; the autoencoder, the variational autoencoder and the conditional one.
 
-Outside a model an image is integer levels (uint8, 0 … levels - 1); inside, the network's input is normalised to
-[-1, 1]; mean images come out in [0, 1]. Every loss is a sum over pixels or latent dimensions, in nats an image (for
-mse: squared error on the scale [-1, 1]), so that beta means the same at any image size.
+Outside a model an image is integer levels (uint8, 0 … levels - 1); inside, the network's input is normalised
+to [-1, 1]; mean images come out in [0, 1]. Every loss is a sum over pixels or latent dimensions, in nats an
+image (for mse: squared error on the scale [-1, 1]), so that beta means the same at any image size.
 """
 
 import math
@@ -33,7 +33,8 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """z [B, latent_size] → the likelihood's parameters [B, channels, H, W]; the encoder's widths in reverse."""
+    """z [B, latent_size] → the likelihood's parameters [B, channels, H, W]; the encoder's widths in reverse.
+    """
 
     def __init__(self, shape, channels, latent_size, hidden_dims=(512,)):
         super().__init__()
@@ -49,8 +50,9 @@ class MLPDecoder(nn.Module):
 def pyramid(shape, num_filters):
     """Sizes and widths of a CNN's levels: halved (rounding up) until neither side is above 8, at least once.
 
-    The first level has num_filters channels, the second four times as many, so that they hold as many activations;
-    from the third on it is eight times. → [(H, W), (⌈H/2⌉, ⌈W/2⌉), …], [channels of the first halving, …]
+    The first level has num_filters channels, the second four times as many, so that they hold as many
+    activations; from the third on it is eight times. → [(H, W), (⌈H/2⌉, ⌈W/2⌉), …], [channels of the first
+    halving, …]
     """
     sizes = [tuple(shape[1:])]
     while len(sizes) == 1 or max(sizes[-1]) > 8:
@@ -64,7 +66,8 @@ class CNNEncoder(nn.Module):
     def __init__(self, shape, outputs, num_filters=8):
         super().__init__()
         sizes, widths = pyramid(shape, num_filters)
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip([shape[0], *widths], widths))
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1)
+                                   for i, o in zip([shape[0], *widths], widths))
         self.out = nn.Linear(widths[-1] * math.prod(sizes[-1]), outputs)
 
     def forward(self, x):
@@ -76,8 +79,8 @@ class CNNEncoder(nn.Module):
 class CNNDecoder(nn.Module):
     """z [B, latent_size] → the likelihood's parameters [B, channels, H, W].
 
-    At each level a 3×3 convolution, then twice the size: nearest neighbours inside, and at the end a pixel shuffle
-    (Shi et al. 2016), whose convolution runs at half the size and so costs a quarter.
+    At each level a 3×3 convolution, then twice the size: nearest neighbours inside, and at the end a pixel
+    shuffle (Shi et al. 2016), whose convolution runs at half the size and so costs a quarter.
     """
 
     def __init__(self, shape, channels, latent_size, num_filters=8):
@@ -85,7 +88,8 @@ class CNNDecoder(nn.Module):
         sizes, widths = pyramid(shape, num_filters)
         self.sizes, self.widths = sizes[::-1], widths[::-1]
         self.stem = nn.Linear(latent_size, self.widths[0] * math.prod(self.sizes[0]))
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(self.widths, self.widths[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1)
+                                   for i, o in zip(self.widths, self.widths[1:]))
         self.out = nn.Conv2d(self.widths[-1], 4 * channels, 3, padding=1)
 
     def forward(self, z):
@@ -93,7 +97,8 @@ class CNNDecoder(nn.Module):
         for conv, size in zip(self.convs, self.sizes[1:]):
             x = F.interpolate(F.relu(conv(x)), size)
         height, width = self.sizes[-1]
-        return F.pixel_shuffle(self.out(x), 2)[..., :height, :width]  # an odd side came out one pixel too long
+        # an odd side came out one pixel too long
+        return F.pixel_shuffle(self.out(x), 2)[..., :height, :width]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,8 +108,8 @@ class AE(nn.Module):
     """An autoencoder. With it, the likelihood of an image given z, which the other models share.
 
     shape: (C, H, W), any from 8×8 up; levels: how many values a pixel has
-    recon_loss: mse, bce (Bernoulli, with soft targets where levels > 2), categorical (a softmax over the levels), or
-        None for the one that fits the levels
+    recon_loss: mse, bce (Bernoulli, with soft targets where levels > 2), categorical (a softmax over the
+        levels), or None for the one that fits the levels
     num_classes: for ConditionalVAE
     """
 
@@ -149,9 +154,11 @@ class AE(nn.Module):
         return self.decoder(z)
 
     def reconstruction_loss(self, params, images):
-        """-log p(x|z) of each image in nats (for mse the squared error on the scale [-1, 1]), summed over pixels.
+        """-log p(x|z) of each image in nats (for mse the squared error on the scale [-1, 1]), summed over
+        pixels.
 
-        params: [B, K·C, H, W], logits (for mse the mean is their tanh); images: integer levels [B, C, H, W] → [B]
+        params: [B, K·C, H, W], logits (for mse the mean is their tanh); images: integer levels [B, C, H, W] →
+        [B]
         """
         if self.recon_loss == "mse":
             loss = (params.tanh() - self.normalize(images)) ** 2
@@ -168,7 +175,9 @@ class AE(nn.Module):
 
     @property
     def is_likelihood(self):
-        """Whether the reconstruction loss is a likelihood of discrete pixels, so that bits/dim mean something."""
+        """Whether the reconstruction loss is a likelihood of discrete pixels, so that bits/dim mean
+        something.
+        """
         return self.recon_loss == "categorical" or (self.recon_loss == "bce" and self.levels == 2)
 
     def mean_image(self, params):
@@ -181,7 +190,9 @@ class AE(nn.Module):
         return torch.einsum("bkchw,k->bchw", self.by_level(params).softmax(1), levels)
 
     def draw(self, params, generator=None):
-        """Integer levels drawn from the likelihood, uint8 [B, C, H, W]; where it is none, the mean's nearest levels."""
+        """Integer levels drawn from the likelihood, uint8 [B, C, H, W]; where it is none, the mean's nearest
+        levels.
+        """
         if not self.is_likelihood:
             return (self.mean_image(params) * (self.levels - 1)).round().byte()
         uniform = torch.rand(len(params), 1, *self.shape, generator=generator).to(params.device)
@@ -197,7 +208,9 @@ class AE(nn.Module):
     # ---- sampling
 
     def prior(self, n, temperature=1.0, generator=None):
-        """z [n, D] from the prior (of an AE: the fitted Gaussian), its standard deviation times `temperature`."""
+        """z [n, D] from the prior (of an AE: the fitted Gaussian), its standard deviation times
+        `temperature`.
+        """
         noise = torch.randn(n, self.latent_size, generator=generator)
         return self.to_prior(temperature * noise.to(next(self.parameters())))
 
@@ -234,9 +247,9 @@ class AE(nn.Module):
     def forward(self, images, labels=None, noise=None):
         """images: integer levels [B, C, H, W]; labels: [B]; noise ~ N(0, I): [B, D]
 
-        → (L_rec, L_reg, bpd), each a mean over the batch of sums over pixels or latent dimensions. L_rec, L_reg: nats
-        an image; bpd: bits/dim of the negative ELBO at beta = 1, None where the loss is no likelihood of discrete
-        pixels. An AE has no L_reg (it is 0), no bpd, and no use for noise.
+        → (L_rec, L_reg, bpd), each a mean over the batch of sums over pixels or latent dimensions. L_rec,
+        L_reg: nats an image; bpd: bits/dim of the negative ELBO at beta = 1, None where the loss is no
+        likelihood of discrete pixels. An AE has no L_reg (it is 0), no bpd, and no use for noise.
         """
         rec = self.reconstruction_loss(self.decode(self.encode(images, labels), labels), images)
         return rec.mean(), rec.new_zeros(()), None
@@ -245,8 +258,8 @@ class AE(nn.Module):
 class VAE(AE):
     """A variational autoencoder with a Gaussian posterior and the prior N(0, I) (Kingma & Welling 2014).
 
-    free_bits: the nats below which an image's KL in a latent dimension is not pushed any further (Kingma et al. 2016,
-        here for each image)
+    free_bits: the nats below which an image's KL in a latent dimension is not pushed any further (Kingma et
+        al. 2016, here for each image)
     """
 
     codes = 2  # mean and log_std
@@ -277,8 +290,8 @@ class VAE(AE):
         rec = self.reconstruction_loss(self.decode(z, labels), images)  # [B]
         kl = KLD(mean[..., None], log_std[..., None])                   # [B, D], a row each: KL by dimension
         if self.free_bits:
-            # max(kl, free_bits) has the gradient of kl above free_bits and none below; so has this, and its value
-            # stays the true KL.
+            # max(kl, free_bits) has the gradient of kl above free_bits and none below; so has this, and its
+            # value stays the true KL.
             kl = torch.where(kl < self.free_bits, kl.detach(), kl)
         kl = kl.sum(1)
         bpd = elbo_to_bpd(rec + kl, images.shape).mean() if self.is_likelihood else None
@@ -286,8 +299,9 @@ class VAE(AE):
 
 
 class ConditionalVAE(VAE):
-    """A VAE given the class (Sohn et al. 2015): the encoder sees it as one more channel, an image learned for each
-    class; the decoder as one-hot numbers beside z. It needs labels [B] wherever they are an argument."""
+    """A VAE given the class (Sohn et al. 2015): the encoder sees it as one more channel, an image learned for
+    each class; the decoder as one-hot numbers beside z. It needs labels [B] wherever they are an argument.
+    """
 
     def __init__(self, *args, num_classes, **kwargs):
         super().__init__(*args, num_classes=num_classes, **kwargs)
@@ -305,10 +319,11 @@ class ConditionalVAE(VAE):
 def build(args, data):
     """The model that the arguments ask for.
 
-    args: train.py's arguments as a dictionary; data: a dictionary with shape, levels and classes. A checkpoint keeps
-    both, so that the same model can be built again.
+    args: train.py's arguments as a dictionary; data: a dictionary with shape, levels and classes. A
+    checkpoint keeps both, so that the same model can be built again.
     """
-    common = {name: args[name] for name in ("model", "latent_size", "hidden_dims", "num_filters", "recon_loss")}
+    common = {name: args[name] for name in ("model", "latent_size", "hidden_dims", "num_filters",
+                                            "recon_loss")}
     common |= {"shape": data["shape"], "levels": data["levels"]}
     if args["loss_mode"] == "ae":
         return AE(**common)

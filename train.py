@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from data import DATASETS, load
 from model import DEFAULT_LOSS, build
-from utils import (ArgumentParser, RunLog, Signals, UserError, active_units, beta_schedule, call, default_device,
-                   device_type, interleave, is_whole, load_checkpoint, locked, normal, number, one_line, run_name,
-                   save_checkpoint, save_grid, stream, stream_seed, write_csv, write_json)
+from utils import (ArgumentParser, RunLog, Signals, UserError, active_units, beta_schedule, call,
+                   default_device, device_type, interleave, is_whole, load_checkpoint, locked, normal, number,
+                   one_line, run_name, save_checkpoint, save_grid, stream, stream_seed, write_csv, write_json)
 
 WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
 
@@ -43,7 +43,8 @@ def parse_args(argv=None):
                       help=f"with --levels 2: pixel > 0.5, or a fresh Bernoulli draw each time {default}")
     data.add_argument("--transform", choices=("none", "grayscale", "grayscale3"), default="none",
                       help=f"as stored, luminance in one channel, or in three {default}")
-    data.add_argument("--limit", type=number(int, 1), metavar="N", help="keep the first N training images (default: all)")
+    data.add_argument("--limit", type=number(int, 1), metavar="N", 
+                      help="keep the first N training images (default: all)")
 
     model = parser.add_argument_group("model")
     model.add_argument("--loss_mode", choices=("ae", "vae"), default="vae", help=default)
@@ -52,7 +53,8 @@ def parse_args(argv=None):
     model.add_argument("--latent_size", "--z_dim", type=number(int, 1), default=32, metavar="N",
                        help=f"latent dimensions {default}")
     model.add_argument("--hidden_dims", type=number(int, 1), nargs="+", default=[512], metavar="N",
-                       help="mlp: widths of the encoder's hidden layers, reversed in the decoder (default: 512)")
+                       help="mlp: widths of the encoder's hidden layers, reversed in the decoder (default: "
+                            "512)")
     model.add_argument("--num_filters", type=number(int, 1), default=8, metavar="N",
                        help=f"cnn: channels of the first level; the second has 4 N, all others 8 N {default}")
 
@@ -67,22 +69,26 @@ def parse_args(argv=None):
                            help=f"an image's KL in a latent dimension counts as at least this {default}")
 
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", "--user_epochs", type=number(int, 1), default=20, metavar="N", help=default)
+    optimisation.add_argument("--epochs", "--user_epochs", type=number(int, 1), default=20, metavar="N",
+                              help=default)
     optimisation.add_argument("--batch_size", type=number(int, 1), default=128, metavar="N", help=default)
     optimisation.add_argument("--lr", type=number(float, 0, above=True), default=1e-3, metavar="LR",
                               help=f"AdamW's learning rate {default}")
     optimisation.add_argument("--weight_decay", type=number(float, 0), default=0.0, metavar="W",
                               help=f"AdamW's decoupled weight decay {default}")
     optimisation.add_argument("--grad_clip", type=number(float, 0), default=0.0, metavar="NORM",
-                              help="clip the gradient's norm; losses are sums, so norms of hundreds are normal "
-                                   "(default: 0, off)")
+                              help="clip the gradient's norm; losses are sums, so norms of hundreds are "
+                                   "normal (default: 0, off)")
 
     run = parser.add_argument_group("run")
     run.add_argument("--log_dir", type=run_name, metavar="NAME",
-                     help="the run's name, a/b for a subfolder (default: made of the arguments, such as vae_mnist_cnn)")
-    run.add_argument("--results_dir", default="results", metavar="DIR", help=f"pictures and figures {default}")
+                     help="the run's name, a/b for a subfolder (default: made of the arguments, such as "
+                          "vae_mnist_cnn)")
+    run.add_argument("--results_dir", default="results", metavar="DIR",
+                     help=f"pictures and figures {default}")
     run.add_argument("--checkpoint_dir", default="checkpoints", metavar="DIR", help=default)
-    run.add_argument("--overwrite", action="store_true", help="replace the run that has this name (default: refuse)")
+    run.add_argument("--overwrite", action="store_true", 
+                     help="replace the run that has this name (default: refuse)")
     run.add_argument("--seed", type=number(int, 0), default=1, metavar="N", help=default)
     run.add_argument("--seeds", type=number(int, 0), nargs="+", metavar="N",
                      help="a run for each seed, then mean ± standard deviation (default: --seed alone)")
@@ -102,15 +108,18 @@ def parse_args(argv=None):
         return resume_args(parser, defaults, given)
     args = Namespace(**{**defaults, **given})
     if args.dataset not in DATASETS and not (args.dataset and Path(args.dataset).is_dir()):
-        parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} nor a folder")
+        parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} nor a "
+                     "folder")
     if args.dataset not in DATASETS:
         for name in ("results_dir", "checkpoint_dir", "data_dir"):
-            if Path(args.dataset).resolve() in [Path(vars(args)[name]).resolve(), *Path(vars(args)[name]).resolve().parents]:
-                parser.error(f"argument --dataset: --{name} {vars(args)[name]} lies within {args.dataset!r}, so what is "
-                             "written there would become images of it; give one of them another place")
+            if Path(vars(args)[name]).resolve().is_relative_to(Path(args.dataset).resolve()):
+                parser.error(f"argument --dataset: --{name} {vars(args)[name]} lies within {args.dataset!r}, "
+                             "so what is written there would become images of it; give one of them another "
+                             "place")
     if args.image_size:
         if len(args.image_size) > 2:
-            parser.error(f"argument --image_size: {len(args.image_size)} numbers, but height [width] are one or two")
+            parser.error(f"argument --image_size: {len(args.image_size)} numbers, but height [width] are one "
+                         "or two")
         args.image_size = [args.image_size[0], args.image_size[-1]]
     if args.binarize == "stochastic" and args.levels != 2:
         parser.error(f"argument --binarize: stochastic goes with --levels 2, not {args.levels}")
@@ -134,34 +143,37 @@ def resume_args(parser, defaults, given):
     """→ the arguments of the run to go on with, its checkpoint."""
     path = given.pop("resume")
     if not path.is_file():
-        parser.error(f"argument --resume: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; only a file "
-                     "such as checkpoints/NAME/last.pt")
+        parser.error(f"argument --resume: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
+                     "only a file such as checkpoints/NAME/last.pt")
     for name in given:
         if name not in ("data_dir", "save_every", "progress_bar", "device", "epochs"):
-            parser.error(f"argument --{name}: not beside --resume, which keeps the run's own; only --data_dir, "
-                         "--save_every, --progress_bar, --device and a larger --epochs")
+            parser.error(f"argument --{name}: not beside --resume, which keeps the run's own; only "
+                         "--data_dir, --save_every, --progress_bar, --device and a larger --epochs")
     try:
         resumed = load_checkpoint(path)
     except UserError as error:
-        others = [str(other) for other in sorted(path.parent.glob("*.pt")) if other != path and is_whole(other)]
+        others = [str(other) for other in sorted(path.parent.glob("*.pt")) if other != path
+                  and is_whole(other)]
         raise UserError(f"{error}; " + (f"whole, and good for --resume: {', '.join(others)}" if others else
                                         f"nothing else in {path.parent} can be resumed"))
     began = {**defaults, **resumed["args"], "resume": None, "overwrite": False,
              "progress_bar": defaults["progress_bar"]}
     args, before = Namespace(**{**began, **given}), began["epochs"]
     if args.epochs < before or (args.epochs > before and args.beta_mode != "constant"):
-        parser.error(f"argument --epochs: {args.epochs} is not allowed beside --resume, only " + (
-            f"{before} or more" if args.beta_mode == "constant" else f"{before}, on which --beta_mode depends"))
+        allowed = "or more" if args.beta_mode == "constant" else "on which --beta_mode depends"
+        parser.error(f"argument --epochs: {args.epochs} is not allowed with --resume, only "
+                     f"{before} {allowed}")
     try:
         device_type(args.device)
     except argparse.ArgumentTypeError:
-        parser.error(f"argument --device: the run began on {began['device']}, which is not on this machine; --device "
-                     f"{default_device()} goes on, though not to the same last bit")
+        parser.error(f"argument --device: the run began on {began['device']}, which is not on this machine; "
+                     f"--device {default_device()} goes on, though not to the same last bit")
     if args.device != began["device"]:
-        print(f"--device {args.device}: the run began on {began['device']}, so it will not end with the same last bit as without "
-              "the change", file=sys.stderr)
+        print(f"--device {args.device}: the run began on {began['device']}, so it will not end with the same "
+              "last bit as without the change", file=sys.stderr)
     folder, name = path.resolve().parent, Path(args.log_dir)
-    if folder.parts[-len(name.parts):] == name.parts:  # the run's folder is where the file is, though it was moved
+    # the run's folder is where the file is, though it was moved
+    if folder.parts[-len(name.parts):] == name.parts:
         if folder != (Path(args.checkpoint_dir) / name).resolve():
             args.checkpoint_dir = str(Path(*folder.parts[:-len(name.parts)]))
     return args, resumed
@@ -171,13 +183,15 @@ def resume_args(parser, defaults, given):
 # The two loops
 
 def train_epoch(model, data, optimizer, args, state, beta, tick):
-    """The rest of one pass over the training images in a new order → the pass's mean rec, kl, bpd (see AE.forward).
+    """The rest of one pass over the training images in a new order → the pass's mean rec, kl, bpd (see
+    AE.forward).
 
-    Counts steps in state["step"] and adds up the means' sums in state["sums"], so that it can stop after any step
-    (where `tick` raises or the process dies) and go on from the same one.
+    Counts steps in state["step"] and adds up the means' sums in state["sums"], so that it can stop after any
+    step (where `tick` raises or the process dies) and go on from the same one.
     """
     model.train()
-    order = torch.randperm(len(data.train), generator=stream(args.seed, "order", state["epoch"])).split(args.batch_size)
+    order = torch.randperm(len(data.train), generator=stream(args.seed, "order", state["epoch"]))
+    order = order.split(args.batch_size)
     done = state["step"] - state["epoch"] * len(order)
     for index in tqdm(order[done:], f"epoch {state['epoch'] + 1}", len(order), initial=done, leave=False,
                       disable=not args.progress_bar):
@@ -185,7 +199,8 @@ def train_epoch(model, data, optimizer, args, state, beta, tick):
         noise = normal((len(images), args.latent_size), images.device, args.seed, "noise", state["step"])
         terms = model(images, labels, noise)
         loss = terms[0] + beta * terms[1]
-        if loss.device.type == "cpu" and not loss.isfinite():  # elsewhere a look at each step would stall the device
+        # elsewhere a look at each step would stall the device
+        if loss.device.type == "cpu" and not loss.isfinite():
             raise FloatingPointError
         optimizer.zero_grad()
         loss.backward()
@@ -212,7 +227,8 @@ def test_epoch(model, split, args, purpose, tick):
 
 
 def weighted(terms, n):
-    """A batch's means as sums over its n images, on the device: a number fetched each step would stall a GPU."""
+    """A batch's means as sums over its n images, on the device: a number fetched each step would stall a GPU.
+    """
     sums = n * torch.stack([term.detach() for term in terms if term is not None])
     return sums if sums.device.type == "mps" else sums.double()  # MPS has no float64
 
@@ -247,7 +263,8 @@ def run(args, data, resumed=None):
               f"{'x'.join(map(str, data.shape))} pixels of {data.levels} levels, "
               f"{' + '.join(f'{n:,}' for n in data.about()['images'])} images, {args.device}"
               + (f"; goes on after step {state['step']:,}" if resumed else ""), flush=True)
-        log, saved, start = RunLog(results, state["history"]), time.monotonic(), time.monotonic() - state["elapsed"]
+        log, saved = RunLog(results, state["history"]), time.monotonic()
+        start = saved - state["elapsed"]
 
         def save(*names):
             nonlocal saved
@@ -255,13 +272,15 @@ def run(args, data, resumed=None):
                 raise FloatingPointError
             state["elapsed"] = time.monotonic() - start
             for name in names:
-                save_checkpoint(checkpoints / name, {"args": vars(args), "data": data.about(), "model": model.state_dict(),
+                save_checkpoint(checkpoints / name,
+                                {"args": vars(args), "data": data.about(), "model": model.state_dict(),
                                                      "optimizer": optimizer.state_dict(), **state})
             saved = time.monotonic()
 
         def tick():
             """After each step: save when it is time to, and leave when a signal asks for it."""
-            if state["epoch"] < args.epochs and (signals.received or time.monotonic() - saved >= args.save_every):
+            if state["epoch"] < args.epochs and (signals.received
+                                                 or time.monotonic() - saved >= args.save_every):
                 save("last.pt")
             if signals.received:
                 print(f"stopped after step {state['step']:,}; to go on:\n"
@@ -269,7 +288,8 @@ def run(args, data, resumed=None):
                 sys.exit(128 + signals.received)
 
         try:
-            if state["history"] and not is_whole(checkpoints / "best.pt"):  # only last.pt was kept: the best known
+            # only last.pt was kept: the best known
+            if state["history"] and not is_whole(checkpoints / "best.pt"):
                 save("best.pt")
             while state["epoch"] < args.epochs:
                 beta = beta_of(state["epoch"])
@@ -279,15 +299,18 @@ def run(args, data, resumed=None):
                 state |= {"epoch": row["epoch"], "sums": torch.zeros((), device=args.device),
                           "best": min(state["best"], row["val_loss"]), "history": [*state["history"], row]}
                 log.epoch(state["history"], lambda: draw_epoch(model, data, args, row["epoch"], results))
-                # In this order: killed between the two, the run goes on from the old last.pt and writes both again.
+                # In this order: killed between the two, the run goes on from the old last.pt and writes both
+                # again.
                 save(*["best.pt"] * improved, "last.pt")
                 print_epoch(row, args, improved)
             model.load_state_dict(load_checkpoint(checkpoints / "best.pt")["model"])
             test = test_figures(model, data, args, state["history"], tick)
         except FloatingPointError:
-            whole = [str(path) for path in (checkpoints / "last.pt", checkpoints / "best.pt") if path.exists()]
-            raise UserError(f"epoch {state['epoch'] + 1}, step {state['step'] + 1}: the loss or a weight is not finite "
-                            f"(lr {args.lr:g}, beta {beta_of(state['epoch']):g}). A smaller --lr or beta helps, or "
+            whole = [str(path) for path in (checkpoints / "last.pt", checkpoints / "best.pt")
+                     if path.exists()]
+            raise UserError(f"epoch {state['epoch'] + 1}, step {state['step'] + 1}: the loss or a weight is "
+                            f"not finite (lr {args.lr:g}, beta {beta_of(state['epoch']):g}). A smaller --lr "
+                            "or beta helps, or "
                             "--grad_clip 1000." + (f" Still good: {', '.join(whole)}" if whole else ""))
         report(test, args)
         write_json(results / "test.json", test)
@@ -300,29 +323,32 @@ def run(args, data, resumed=None):
 def check(args, data, resumed):
     """Raise UserError where the data is not what the arguments, or the checkpoint, are about."""
     if args.conditional and not data.classes:
-        raise UserError(f"--conditional: {args.dataset} has no classes (a folder a class makes them); without "
-                        "--conditional it can be used as it is")
+        raise UserError(f"--conditional: {args.dataset} has no classes (a folder a class makes them); "
+                        "without --conditional it can be used as it is")
     if min(data.shape[1:]) < 8:
-        raise UserError(f"{args.dataset}: images of {data.shape[1]}x{data.shape[2]} pixels are too small, 8x8 is the "
-                        "least; --image_size enlarges them")
+        raise UserError(f"{args.dataset}: images of {data.shape[1]}x{data.shape[2]} pixels are too small, "
+                        "8x8 is the least; --image_size enlarges them")
     if resumed and data.about() != resumed["data"]:
         raise UserError(f"{args.dataset} has changed since the run began (it was {resumed['data']}, and is "
                         f"{data.about()}); bring it back, or train anew")
 
 
 def restore(model, optimizer, resumed, state):
-    """Put a checkpoint's tensors in their places → its values of `state`. Raises UserError where they do not fit."""
+    """Put a checkpoint's tensors in their places → its values of `state`. Raises UserError where they do not
+    fit.
+    """
     try:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         for parameter in model.parameters() if resumed["step"] else ():
             for name in ("exp_avg", "exp_avg_sq"):
                 if optimizer.state[parameter][name].shape != parameter.shape:
-                    raise ValueError(f"{name} has the shape {list(optimizer.state[parameter][name].shape)}, not "
-                                     f"{list(parameter.shape)}")
+                    raise ValueError(f"{name} has the shape {list(optimizer.state[parameter][name].shape)}, "
+                                     f"not {list(parameter.shape)}")
         return {name: resumed[name] for name in state}
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the checkpoint does not fit its own arguments ({one_line(error)}); it cannot be resumed")
+        raise UserError(f"the checkpoint does not fit its own arguments ({one_line(error)}); it cannot be "
+                        "resumed")
 
 
 def run_epoch(model, data, optimizer, args, state, beta, tick):
@@ -363,26 +389,31 @@ def report(test, args):
     if args.loss_mode == "ae":
         return
     active = test["active_units"]
-    print(f"active units: {'not known from so few test images' if active is None else active} of {args.latent_size}")
+    print(f"active units: {'not known from so few test images' if active is None else active} of "
+          f"{args.latent_size}")
     if test["test_kl"] < 1 or (active is not None and active < min(2, args.latent_size)):
-        print("the posterior collapsed: the decoder all but ignores z. What helps: --beta_mode linear, a smaller "
-              "--target_beta_val, or --free_bits 0.1")
+        print("the posterior collapsed: the decoder all but ignores z. What helps: --beta_mode linear, a "
+              "smaller --target_beta_val, or --free_bits 0.1")
 
 
 def print_epoch(row, args, improved):
     beta = f"beta {row['beta']:.3g} | " if args.loss_mode == "vae" else ""
-    print(f"epoch {row['epoch']:>{len(str(args.epochs))}}/{args.epochs} | {beta}train {describe(row, 'train_')} | "
-          f"val {describe(row, 'val_')} | {row['seconds']:.1f} s{' *' if improved else ''}", flush=True)
+    print(f"epoch {row['epoch']:>{len(str(args.epochs))}}/{args.epochs} | {beta}train "
+          f"{describe(row, 'train_')} | val {describe(row, 'val_')} | {row['seconds']:.1f} "
+          f"s{' *' if improved else ''}", flush=True)
 
 
 def describe(row, prefix):
-    return ", ".join(f"{name} {row[prefix + name]:.{4 if name == 'bpd' else 2}f}" for name in ("loss", "rec", "kl", "bpd")
+    return ", ".join(f"{name} {row[prefix + name]:.{4 if name == 'bpd' else 2}f}"
+                     for name in ("loss", "rec", "kl", "bpd")
                      if row.get(prefix + name) is not None)
 
 
 @torch.no_grad()
 def draw_epoch(model, data, args, epoch, folder):
-    """samples_EEE.png and reconstructions_EEE.png: the same latents and the same validation images each epoch."""
+    """samples_EEE.png and reconstructions_EEE.png: the same latents and the same validation images each
+    epoch.
+    """
     n, labels = 64, None
     if args.conditional:  # a row a class
         n = 8 * len(data.classes)
@@ -399,8 +430,9 @@ def draw_epoch(model, data, args, epoch, folder):
 # ------------------------------------------------------------------------------------------------------------
 # Folders and seeds
 
-OURS = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png", "samples*.png",
-        "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png", "last.pt", "best.pt")
+OURS = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png",
+        "samples*.png", "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png",
+        "last.pt", "best.pt")
 
 
 def holds_run(folder):
@@ -419,8 +451,8 @@ def wipe(folders):
 def claimed(args, resumed):
     """The run's two folders, made and locked, after everything else that could fail → results, checkpoints.
 
-    Sets args.log_dir where the user gave no name. Leaves nothing behind where a folder cannot be written or belongs to
-    another process.
+    Sets args.log_dir where the user gave no name. Leaves nothing behind where a folder cannot be written or
+    belongs to another process.
     """
     if not args.log_dir:
         args.log_dir = free_name(args)
@@ -435,9 +467,11 @@ def claimed(args, resumed):
                         made.append(path)
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}); --results_dir and --checkpoint_dir move it")
+            raise UserError(f"{folder} cannot be written ({error.strerror}); --results_dir and "
+                            "--checkpoint_dir move it")
         with locked(folders[1]):
-            if not resumed and any(map(holds_run, folders)):  # also one that another process has made just now
+            # also one that another process has made just now
+            if not resumed and any(map(holds_run, folders)):
                 if not args.overwrite:
                     raise UserError(f"{folders[1]} holds a run already; {WAYS_ON}")
                 wipe(folders)
@@ -478,7 +512,8 @@ def run_seeds(args, data, resumed):
         if not values:
             continue
         std = statistics.stdev(values) if len(values) > 1 else None
-        rows.append({"figure": name, "mean": statistics.mean(values), "std": std, **dict(zip(columns, values))})
+        rows.append({"figure": name, "mean": statistics.mean(values), "std": std,
+                     **dict(zip(columns, values))})
         print(f"{name:14s} {rows[-1]['mean']:10.4f}" + (f" ± {std:.4f}" if std is not None else ""))
     write_csv(Path(args.results_dir) / group / "seeds.csv", ["figure", "mean", "std", *columns], rows)
     print(f"wrote {Path(args.results_dir) / group / 'seeds.csv'}")
@@ -486,8 +521,8 @@ def run_seeds(args, data, resumed):
 
 def main(argv=None):
     args, resumed = parse_args(argv)
-    data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform, args.limit,
-                args.device, progress_bar=args.progress_bar)
+    data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform,
+                args.limit, args.device, progress_bar=args.progress_bar)
     (run_seeds if args.seeds else run)(args, data, resumed)
 
 

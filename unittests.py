@@ -1,5 +1,7 @@
-"""Every test: `pytest unittests.py` or `python unittests.py`. They check against something independent: closed forms,
-torch.distributions, numerical integration. Those that need real MNIST are skipped where data/MNIST is absent."""
+"""Every test: `pytest unittests.py` or `python unittests.py`. They check against something independent:
+closed forms, torch.distributions, numerical integration. Those that need real MNIST are skipped where
+data/MNIST is absent.
+"""
 
 import csv
 import json
@@ -37,7 +39,8 @@ def double(*shape, seed=0):
 
 
 def levels_like(shape, levels, n=5, seed=0):
-    return torch.randint(levels, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(levels, (n, *shape), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(seed))
 
 
 def zeroed(network):
@@ -66,7 +69,8 @@ def workplace(tmp_path, monkeypatch):
 
 def fit(folder, *flags, epochs=2):
     """Train in this process; → metrics.csv as rows, test.json."""
-    argv = [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", f"--epochs={epochs}", "--batch_size=32",
+    argv = [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", f"--epochs={epochs}",
+            "--batch_size=32",
             "--log_dir=run", "--model=mlp", "--overwrite", *flags]
     train.main(argv)
     results = Path(*[flag.split("=")[1] for flag in flags if "results_dir" in flag] or ["results"]) / "run"
@@ -90,7 +94,8 @@ def test_kld_is_that_of_torch_distributions_and_of_integration():
     expected = D.kl_divergence(D.Normal(mean, log_std.exp()), D.Normal(torch.zeros(()).double(), 1.0)).sum(-1)
     torch.testing.assert_close(utils.KLD(mean, log_std), expected, rtol=1e-12, atol=1e-12)
     z = torch.linspace(-30, 30, 200_001, dtype=torch.float64)
-    q, p = D.Normal(1.5, torch.tensor(0.3).double()).log_prob(z), D.Normal(0.0, torch.tensor(1.0).double()).log_prob(z)
+    q = D.Normal(1.5, torch.tensor(0.3).double()).log_prob(z)
+    p = D.Normal(0.0, torch.tensor(1.0).double()).log_prob(z)
     integral = torch.trapezoid(q.exp() * (q - p), z)
     assert utils.KLD(torch.tensor([1.5]).double(), torch.tensor([0.3]).double().log()).item() == \
         pytest.approx(integral.item(), rel=1e-9)
@@ -111,7 +116,8 @@ def test_sample_reparameterize():
     assert mean.grad.eq(1).all() and torch.equal(std.grad, noise)
     torch.manual_seed(0)
     drawn = utils.sample_reparameterize(torch.full((200_000,), 3.0), torch.full((200_000,), 0.5))
-    assert drawn.mean().item() == pytest.approx(3, abs=0.006) and drawn.std().item() == pytest.approx(0.5, abs=0.004)
+    assert drawn.mean().item() == pytest.approx(3, abs=0.006)
+    assert drawn.std().item() == pytest.approx(0.5, abs=0.004)
 
 
 def test_elbo_to_bpd():
@@ -130,7 +136,8 @@ def test_beta_schedules():
     linear = utils.beta_schedule("linear", 1.2, 20)
     assert linear(0) == 0 and linear(5) == pytest.approx(0.3) and linear(20) == pytest.approx(1.2)
     cyclical = [utils.beta_schedule("cyclical", 2.0, 40)(e) for e in range(40)]
-    assert cyclical[:10] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2, 2, 2, 2, 2]) and cyclical == cyclical[:10] * 4
+    assert cyclical[:10] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2, 2, 2, 2,
+                                           2]) and cyclical == cyclical[:10] * 4
     for epochs in range(2, 40):  # no length of run is left without its KL, in its last epoch least of all
         betas = [utils.beta_schedule("cyclical", 1.0, epochs)(e) for e in range(epochs)]
         assert betas[0] == 0 and betas[-1] == max(betas) == 1
@@ -153,7 +160,8 @@ def test_manifold_is_decoded_at_the_percentiles():
 
 
 def test_streams_depend_on_every_part_of_their_key_and_on_nothing_else():
-    keys = [(seed, purpose, step) for seed in range(5) for purpose in ("noise", "order") for step in range(50)]
+    keys = [(seed, purpose, step) for seed in range(5) for purpose in ("noise", "order")
+            for step in range(50)]
     assert len({utils.stream_seed(*key) for key in keys}) == len(keys)
     first = torch.randn(4, generator=utils.stream(1, "noise", 2))
     torch.manual_seed(99)
@@ -167,7 +175,9 @@ def test_streams_depend_on_every_part_of_their_key_and_on_nothing_else():
 @pytest.mark.parametrize("recon_loss", ["bce", "categorical"])
 def test_reconstruction_loss_is_that_of_torch_distributions(levels, recon_loss):
     net = model.VAE((2, 8, 9), levels, latent_size=3, recon_loss=recon_loss).double()
-    images, params = levels_like((2, 8, 9), levels), double(5, 2 * (levels if recon_loss == "categorical" else 1), 8, 9)
+    images, params = levels_like((2, 8, 9), levels), double(5,
+                                                            2 * (levels if recon_loss == "categorical"
+                                                                 else 1), 8, 9)
     if recon_loss == "categorical":
         logits = params.view(5, levels, 2, 8, 9).permute(0, 2, 3, 4, 1)
         expected = -D.Categorical(logits=logits).log_prob(images.long())
@@ -199,8 +209,10 @@ def test_a_model_of_zeros_costs_the_uniform_code(kind, levels, bits):
     assert bpd.item() == pytest.approx(bits, rel=1e-6)
 
 
-@pytest.mark.parametrize("recon_loss,levels,bits", [("mse", 256, False), ("mse", 2, False), ("bce", 16, False),
-                                                    ("bce", 256, False), ("bce", 2, True), ("categorical", 2, True)])
+@pytest.mark.parametrize("recon_loss,levels,bits", [("mse", 256, False), ("mse", 2, False),
+                                                    ("bce", 16, False),
+                                                    ("bce", 256, False), ("bce", 2, True),
+                                                    ("categorical", 2, True)])
 def test_bits_per_dimension_only_for_likelihoods_of_discrete_pixels(recon_loss, levels, bits):
     images = levels_like((1, 8, 8), levels)
     assert (model.VAE((1, 8, 8), levels, "mlp", 2, recon_loss=recon_loss)(images)[2] is not None) == bits
@@ -281,7 +293,8 @@ def test_draws_follow_the_likelihood(levels):
     net = model.VAE((1, 8, 8), levels, "mlp", 2)
     params = 2 * torch.randn(1, 1 if levels == 2 else levels, 8, 8)
     draws = net.draw(params.expand(20_000, -1, -1, -1), torch.Generator().manual_seed(0))
-    probabilities = torch.cat([1 - params.sigmoid(), params.sigmoid()], 1) if levels == 2 else params.softmax(1)
+    probabilities = torch.cat([1 - params.sigmoid(), params.sigmoid()],
+                              1) if levels == 2 else params.softmax(1)
     for level in range(levels):
         p = probabilities[0, level]
         frequency = (draws == level).float().mean(0)[0]
@@ -297,14 +310,16 @@ def test_an_ae_samples_from_the_gaussian_fitted_to_its_latents():
     drawn = net.prior(200_000, generator=torch.Generator().manual_seed(0)).numpy()
     assert drawn.mean(0) == pytest.approx(codes.mean(0), abs=5 * float(codes.std()) / 200_000 ** 0.5)
     assert np.cov(drawn.T) == pytest.approx(np.cov(codes.T), rel=0.03, abs=0.01 * float(codes.var()))
-    assert model.VAE((1, 8, 8), 256, "mlp", 3).prior(50_000).std(0).tolist() == pytest.approx([1] * 3, abs=0.02)
+    assert model.VAE((1, 8, 8), 256, "mlp", 3).prior(50_000).std(0).tolist() == pytest.approx([1] * 3,
+                                                                                              abs=0.02)
 
 
 def test_temperature_scales_the_prior_and_a_generator_repeats_it():
     net = model.VAE((1, 8, 8), 256, "mlp", 3)
     one, half = (net.prior(9, t, torch.Generator().manual_seed(5)) for t in (1.0, 0.5))
     assert torch.equal(one / 2, half)
-    assert torch.equal(net.sample(4, generator=utils.stream(1))[0], net.sample(4, generator=utils.stream(1))[0])
+    assert torch.equal(net.sample(4, generator=utils.stream(1))[0],
+                       net.sample(4, generator=utils.stream(1))[0])
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
@@ -379,9 +394,10 @@ def write_idx(root, n=(50, 20)):
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix, count in zip(("train", "t10k"), n):
-        images = np.arange(count * 784).reshape(count, 28, 28).astype(np.uint8) ^ np.arange(count)[:, None, None].astype(np.uint8)
+        images = (np.arange(count * 784) + np.arange(count).repeat(784)).astype(np.uint8)
         labels = (np.arange(count) % 10).astype(np.uint8)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28,
+                                                                      28) + images.tobytes())
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
 
 
@@ -444,7 +460,8 @@ def test_a_changed_folder_is_noticed(tmp_path):
     changed = picture(tmp_path / "in" / "20.png", seed=21)
     os.utime(tmp_path / "in" / "20.png", ns=(1, 1))
     after = data.load(str(tmp_path / "in"), tmp_path)
-    assert any(np.array_equal(image[0], changed) for s in (after.train, after.val, after.test) for image in s.images)
+    assert any(np.array_equal(image[0], changed) for s in (after.train, after.val, after.test)
+               for image in s.images)
 
 
 def test_a_cache_that_is_damaged_is_made_again(tmp_path):
@@ -491,8 +508,10 @@ def test_grey_files_of_any_kind_are_one_channel(tmp_path):
 
 
 def test_images_of_every_kind_in_one_folder(tmp_path, capsys):
-    for i, (mode, suffix) in enumerate([("L", "png"), ("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg"),
-                                        ("I;16", "png"), ("L", "jpeg"), ("RGB", "webp"), ("L", "bmp"), ("RGB", "tiff"),
+    for i, (mode, suffix) in enumerate([("L", "png"), ("RGB", "png"), ("RGBA", "png"), ("P", "png"),
+                                        ("CMYK", "jpg"),
+                                        ("I;16", "png"), ("L", "jpeg"), ("RGB", "webp"), ("L", "bmp"),
+                                        ("RGB", "tiff"),
                                         ("L", "png"), ("L", "png")]):
         picture(tmp_path / "in" / f"{i:02d}.{suffix}", mode=mode, seed=i)
     (tmp_path / "in" / "empty.png").touch()
@@ -519,7 +538,9 @@ def test_image_size_covers_and_crops_at_the_centre(tmp_path):
 
 
 def test_transforms(tmp_path):
-    colour = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 10, 10]], dtype=torch.uint8)[:, :, None, None]
+    colour = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 10, 10]], dtype=torch.uint8)[:, :,
+                                                                                                    None,
+                                                                                                    None]
     assert data.grey(colour, "grayscale").flatten().tolist() == [76, 150, 29, 10]  # ITU-R BT.601
     assert data.grey(colour, "grayscale3").shape == (4, 3, 1, 1) and data.grey(colour, "none") is colour
     assert data.grey(colour[:, :1], "grayscale3").shape == (4, 3, 1, 1)
@@ -536,7 +557,8 @@ def test_a_run_leaves_its_files(folder, workplace):
         with Image.open(results / name) as image:
             assert min(image.size) > 100
     assert list(results.glob("events.out.*"))
-    last, best = (utils.load_checkpoint(workplace / "checkpoints" / "run" / f"{n}.pt") for n in ("last", "best"))
+    last, best = (utils.load_checkpoint(workplace / "checkpoints" / "run" / f"{n}.pt")
+                  for n in ("last", "best"))
     assert last["epoch"] == 3 and last["step"] == 3 * 10 and len(last["history"]) == 3
     losses = [float(row["val_loss"]) for row in rows]
     assert best["epoch"] == 1 + losses.index(min(losses)) == test["epoch"] and best["best"] == min(losses)
@@ -583,14 +605,16 @@ def test_each_epoch_sees_each_image_once_in_a_new_order_and_new_noise(folder, wo
     fit(folder)
     codes, noise = (torch.cat(part) for part in zip(*seen))
     first, second = codes.view(2, -1)
-    assert len(first) == 320 and torch.equal(first.sort()[0], second.sort()[0]) and not torch.equal(first, second)
+    assert len(first) == 320 and torch.equal(first.sort()[0], second.sort()[0]) and not torch.equal(first,
+                                                                                                    second)
     assert len({row.numpy().tobytes() for row in noise}) == 640
     assert noise.mean().abs() < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
     seen, adamw = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: seen.append(options) or adamw(*args, **options))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: seen.append(options)
+                        or adamw(*args, **options))
     fit(folder, "--lr=0.003", "--weight_decay=0.25", epochs=1)
     assert seen[0]["lr"] == 0.003 and seen[0]["weight_decay"] == 0.25
 
@@ -611,10 +635,13 @@ def test_overwrite_replaces_a_run_and_touches_nothing_else(folder, workplace):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("mine")
     fit(folder, epochs=1)
-    assert not Path("results/run/samples_002.png").exists() and len(list(Path("results/run").glob("events*"))) == 1
+    assert not Path("results/run/samples_002.png").exists()
+    assert len(list(Path("results/run").glob("events*"))) == 1
     assert Path("results/run/holiday.png").read_text() == Path("results/run/notes.txt").read_text() == "mine"
-    train.main(["--dataset", str(folder), "--model", "mlp", "--epochs", "1", "--log_dir", "photos", "--overwrite"])
-    many = ["--dataset", str(folder), "--model", "mlp", "--hidden_dims", "8", "--epochs", "1", "--log_dir", "many"]
+    train.main(["--dataset", str(folder), "--model", "mlp", "--epochs", "1", "--log_dir", "photos",
+                "--overwrite"])
+    many = ["--dataset", str(folder), "--model", "mlp", "--hidden_dims", "8", "--epochs", "1", "--log_dir",
+            "many"]
     train.main([*many, "--seeds", "1", "2"])
     train.main([*many, "--seeds", "2", "3", "--overwrite"])
     assert {path.parent.name for path in Path("checkpoints/many").glob("*/best.pt")} == {"seed_2", "seed_3"}
@@ -642,7 +669,8 @@ def test_annealing(folder, workplace):
 
 def test_an_ae_reports_what_it_has(folder, workplace, capsys):
     rows, test = fit(folder, "--loss_mode=ae")
-    assert all(row[name] == "" for row in rows for name in ("beta", "train_kl", "val_kl", "train_bpd", "val_bpd"))
+    assert all(row[name] == "" for row in rows for name in ("beta", "train_kl", "val_kl", "train_bpd",
+                                                            "val_bpd"))
     assert set(test) == {"epoch", "test_loss", "test_rec"} and " kl " not in capsys.readouterr().out
     infer.main([])
     assert (workplace / "results" / "run" / "samples.png").exists()
@@ -658,7 +686,8 @@ def test_training_learns_and_grad_clip_bites(folder, workplace):
 def test_collapse_is_reported(folder, workplace, capsys):
     fit(folder, "--target_beta_val=1000")
     said = capsys.readouterr().out
-    assert "collapsed" in said and all(flag in said for flag in ("--beta_mode linear", "--target_beta_val", "--free_bits"))
+    assert "collapsed" in said and all(flag in said for flag in ("--beta_mode linear", "--target_beta_val",
+                                                                 "--free_bits"))
     fit(folder, "--target_beta_val=0.01", "--free_bits=1", epochs=5)
     assert "collapsed" not in capsys.readouterr().out
 
@@ -670,9 +699,11 @@ def test_free_bits_keep_the_kl_up(folder, workplace):
 
 
 def test_several_seeds(folder, workplace, capsys):
-    train.main([f"--dataset={folder}", "--model=mlp", "--hidden_dims=16", "--epochs=1", "--seeds", "1", "2", "3",
+    train.main([f"--dataset={folder}", "--model=mlp", "--hidden_dims=16", "--epochs=1", "--seeds", "1", "2",
+                "3",
                 "--log_dir=many", "--results_dir=out/results", "--checkpoint_dir=out/checkpoints"])
-    values = [json.loads((workplace / f"out/results/many/seed_{s}/test.json").read_text())["test_loss"] for s in (1, 2, 3)]
+    values = [json.loads((workplace / f"out/results/many/seed_{s}/test.json").read_text())["test_loss"]
+              for s in (1, 2, 3)]
     with open(workplace / "out/results/many/seeds.csv") as file:
         rows = {row["figure"]: row for row in csv.DictReader(file)}
     assert len(set(values)) == 3
@@ -738,7 +769,8 @@ def test_infer_follows_its_flags(folder, workplace, capsys):
     with Image.open("mine/run/samples.png") as image:  # beside the training's own results
         cells = np.asarray(image)[..., 0]
     half = image.width // 59 * 29  # two images of 28 pixels and three lines, enlarged
-    assert np.array_equal(cells[:half, :half], cells[:half, half:2 * half])  # without variance all samples are one
+    # without variance all samples are one
+    assert np.array_equal(cells[:half, :half], cells[:half, half:2 * half])
     infer.main(["--only", "reconstructions", "--dataset", str(folder / "0")])
     assert "left out reconstructions" in capsys.readouterr().err
     shutil.copytree(folder, "moved")
@@ -751,7 +783,8 @@ def test_classes_with_names_that_are_no_file_names(workplace, monkeypatch):
         picture(workplace / "images" / ("a b", "t(1)")[i % 2] / f"{i}.png", seed=i)
     fit("images", "--conditional", "--latent_size=2", epochs=1)
     seen = []
-    monkeypatch.setattr(model.ConditionalVAE, "reconstruct", lambda self, images, labels: seen.append(labels) or
+    monkeypatch.setattr(model.ConditionalVAE, "reconstruct", lambda self, images, labels: seen.append(labels)
+                        or
                         images.float())
     infer.main(["--classes", "1"])  # by number, since no class has a number for its name
     assert Path("results/run/manifold_t_1_.png").exists() and len(seen[0]) > 1 and seen[0].eq(1).all()
@@ -760,17 +793,21 @@ def test_classes_with_names_that_are_no_file_names(workplace, monkeypatch):
 def test_scripts_start_as_commands_and_help_names_every_default(workplace, folder):
     environment = {**os.environ, "MPLBACKEND": "Agg"}
     def script(*words):
-        return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
+        return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
+                              env=environment)
     helped = script(HERE / "train.py", "--help")
-    assert helped.returncode == 0 and all(g in helped.stdout for g in ("data:", "model:", "objective:", "optimisation:"))
+    assert helped.returncode == 0 and all(g in helped.stdout
+                                          for g in ("data:", "model:", "objective:", "optimisation:"))
     options = [line for line in helped.stdout.splitlines() if line.startswith("  --")]
     assert len(options) > 25 and helped.stdout.count("(default: ") == len(options)
     made = script(HERE / "train.py", "--dataset", folder, "--epochs", "1", "--model", "mlp", "--limit", "64")
-    assert made.returncode == 0 and made.stderr == "" and "epoch 1/1" in made.stdout  # and no bar where no terminal is
+    # and no bar where no terminal is
+    assert made.returncode == 0 and made.stderr == "" and "epoch 1/1" in made.stdout
     drawn = script(HERE / "infer.py")
     assert drawn.returncode == 0 and "samples.png" in drawn.stdout
     wrong = script(HERE / "train.py", "--lr", "-1")
-    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1 and "--lr" in wrong.stderr
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.count("\n") == 1 and "--lr" in wrong.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -814,7 +851,8 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("flags", [
     "--model=mlp --levels=2 --binarize=stochastic", "--model=cnn --conditional --beta_mode=linear",
-    "--model=cnn --loss_mode=ae", "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01",
+    "--model=cnn --loss_mode=ae", "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 "
+                                  "--weight_decay=0.01",
     "--model=cnn --levels=16 --binarize=threshold"])
 def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, workplace, monkeypatch, capsys):
     def argv(name):
@@ -824,10 +862,12 @@ def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, wor
     for stop in (13, 2, 11, 1):  # in training, twice; in validation; in the last epoch's
         with monkeypatch.context() as patch:
             stop_at(patch, stop)
-            status, _ = outcome(train.main, argv("cut") if stop == 13 else ["--resume", "checkpoints/cut/last.pt"], capsys)
+            status, _ = outcome(train.main, argv("cut") if stop == 13
+                                else ["--resume", "checkpoints/cut/last.pt"], capsys)
             assert status == 143
     train.main(["--resume", "checkpoints/cut/last.pt"])
-    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name) for name in ("whole", "cut")))
+    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
+                       for name in ("whole", "cut")))
 
 
 def test_more_epochs_continue_as_if_asked_for_at_once(folder, workplace, monkeypatch, capsys):
@@ -835,12 +875,14 @@ def test_more_epochs_continue_as_if_asked_for_at_once(folder, workplace, monkeyp
     os.rename("results/run", "results/long"), os.rename("checkpoints/run", "checkpoints/long")
     fit(folder, epochs=1)
     train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3", "--save_every", "0"])
-    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name) for name in ("long", "run")))
+    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
+                       for name in ("long", "run")))
 
 
 def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypatch, capsys):
     def argv(name):
-        return [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1", "--batch_size=32", "--seeds", "4",
+        return [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1", "--batch_size=32",
+                "--seeds", "4",
                 "5", "6", f"--log_dir={name}"]
     train.main(argv("whole"))
     with monkeypatch.context() as patch:
@@ -863,13 +905,15 @@ def test_a_moved_run_goes_on_where_it_is(folder, workplace):
 
 def start(*words, **options):
     return subprocess.Popen([sys.executable, HERE / "train.py", *map(str, words)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            **options)
 
 
 def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many threads in both, or sums are rounded differently
-    argv = ["--dataset", "glyphs", "--limit", "3000", "--model", "mlp", "--hidden_dims", "128", "--levels", "2",
+    argv = ["--dataset", "glyphs", "--limit", "3000", "--model", "mlp", "--hidden_dims", "128", "--levels",
+            "2",
             "--binarize", "stochastic", "--batch_size", "8", "--epochs", "8", "--save_every", "0.02"]
     whole = start(*argv, "--log_dir", "whole")
     assert whole.communicate()[1] == ""
@@ -880,7 +924,7 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(tmp_path,
         time.sleep(moments.uniform(0, 0.4))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it ended before the twentieth kill: the run is too short"
+        assert process.returncode == -signal.SIGKILL, "it ended before the last kill: the run is too short"
         killed += 1
         last = tmp_path / "checkpoints/cut/last.pt"
         words = ["--resume", last] if last.exists() else [*argv, "--log_dir", "cut", "--overwrite"]
@@ -888,13 +932,15 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(tmp_path,
     step = utils.load_checkpoint(last)["step"]
     assert 0 < step < 8 * 375
     assert start("--resume", last).communicate()[1] == ""
-    assert_same_runs(*((tmp_path / "results" / name, tmp_path / "checkpoints" / name) for name in ("whole", "cut")))
+    assert_same_runs(*((tmp_path / "results" / name, tmp_path / "checkpoints" / name)
+                       for name in ("whole", "cut")))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    process = start("--dataset", folder, "--model", "mlp", "--hidden_dims", "8", "--epochs", "100000", "--log_dir", "a b")
+    process = start("--dataset", folder, "--model", "mlp", "--hidden_dims", "8", "--epochs", "100000",
+                    "--log_dir", "a b")
     assert "parameters" in process.stdout.readline()
     process.stdout.readline()
     process.send_signal(number)
@@ -917,12 +963,13 @@ def test_a_second_signal_ends_at_once(monkeypatch):
 def test_two_processes_cannot_train_into_one_folder(folder, workplace, capsys):
     fit(folder, epochs=1)
     with utils.locked(Path("checkpoints/run")):
-        for argv in (["--resume", "checkpoints/run/last.pt"], ["--dataset", folder, "--log_dir", "run", "--overwrite"]):
+        for argv in (["--resume", "checkpoints/run/last.pt"],
+                     ["--dataset", folder, "--log_dir", "run", "--overwrite"]):
             status, error = outcome(train.main, argv, capsys)
             assert status == 1 and f"process {os.getpid()} on" in error
-    dead = subprocess.run([sys.executable, "-c", "import os, signal, sys; from pathlib import Path; import utils\n"
-                           "with utils.locked(Path('checkpoints/run')): os.kill(os.getpid(), signal.SIGKILL)"],
-                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    dies = ("import os, signal, sys; from pathlib import Path; import utils\n"
+            "with utils.locked(Path('checkpoints/run')): os.kill(os.getpid(), signal.SIGKILL)")
+    dead = subprocess.run([sys.executable, "-c", dies], env={**os.environ, "PYTHONPATH": str(HERE)})
     assert dead.returncode == -signal.SIGKILL and "process" in Path("checkpoints/run/lock").read_text()
     train.main(["--resume", "checkpoints/run/last.pt"])  # a dead process's lock is none
 
@@ -936,7 +983,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(folder, tmp_path
     process = start("--resume", "checkpoints/run/last.pt", "--epochs", "2",
                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
     out, err = process.communicate()
-    assert process.returncode == 1 and re.fullmatch(r"train.py: File too large: checkpoints/run/(best|last).pt\n", err)
+    assert process.returncode == 1 and re.fullmatch(r"train.py: File too large: "
+                                                    r"checkpoints/run/(best|last).pt\n", err)
     assert {path: path.read_bytes() for path in Path("checkpoints/run").glob("*.pt")} == before
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -994,38 +1042,56 @@ def test_images_that_would_hurt_are_left_out(tmp_path, capsys):
 
 WRONG = [  # (script, its arguments, what the line says)
     *((train, *row) for row in [
-        ("--latent_size 0", "--z_dim: '0'"), ("--lr -1", "--lr: '-1'"), ("--lr nan", "--lr: 'nan'"), ("--lr 0", "--lr"),
+        ("--latent_size 0", "--z_dim: '0'"), ("--lr -1", "--lr: '-1'"), ("--lr nan", "--lr: 'nan'"),
+        ("--lr 0", "--lr"),
         ("--epochs 0", "--epochs"), ("--epochs 1.5", "whole number"), ("--batch_size 0", "--batch_size"),
-        ("--target_beta_val -1", "--target_beta_val: '-1'"), ("--target_beta_val inf", "finite"), ("--seed -1", "--seed"),
+        ("--target_beta_val -1", "--target_beta_val: '-1'"), ("--target_beta_val inf", "finite"),
+        ("--seed -1", "--seed"),
         ("--grad_clip -1", "--grad_clip"), ("--levels 3", "--levels"), ("--hidden_dims 0", "--hidden_dims"),
         ("--hidden_dims 64 x", "--hidden_dims"), ("--free_bits -1", "--free_bits"), ("--limit 0", "--limit"),
-        ("--beta_mode cosine", "'cyclical'"), ("--dataset nosuch", "glyphs, mnist, fashion_mnist, kmnist, cifar10"),
-        ("--log_dir ../x", "../x"), ("--log_dir /x", "/x"), ("--log_dir a//b", "a//b"), ("--log_dir .", "'.'"),
-        ("--num_filters 0", "--num_filters"), ("--weight_decay -1", "--weight_decay"), ("--save_every -1", "--save_every"),
-        ("--image_size 4", "--image_size"), ("--image_size 8 8 8", "--image_size"), ("--seeds 1 1", "--seeds"),
-        ("--device tpu", "cpu"), ("--binarize stochastic", "--levels 2"), ("--loss_mode ae --conditional", "--conditional"),
-        ("--loss_mode ae --free_bits 1", "--free_bits"), ("--nosuch 1", "--nosuch"), ("--latent 3", "--latent"),
-        ("--recon_loss l1", "mse"), ("--model vit", "mlp"), ("--transform sepia", "grayscale3"), ("surplus", "surplus"),
-        ("--batch_size 99999999999999999999", "--batch_size"), ("--seed 1" + 400 * "0", "--seed"), ("--device meta", "cpu"),
+        ("--beta_mode cosine", "'cyclical'"), ("--dataset nosuch", "glyphs, mnist, fashion_mnist, kmnist, "
+                                                                   "cifar10"),
+        ("--log_dir ../x", "../x"), ("--log_dir /x", "/x"), ("--log_dir a//b", "a//b"),
+        ("--log_dir .", "'.'"),
+        ("--num_filters 0", "--num_filters"), ("--weight_decay -1", "--weight_decay"),
+        ("--save_every -1", "--save_every"),
+        ("--image_size 4", "--image_size"), ("--image_size 8 8 8", "--image_size"),
+        ("--seeds 1 1", "--seeds"),
+        ("--device tpu", "cpu"), ("--binarize stochastic", "--levels 2"),
+        ("--loss_mode ae --conditional", "--conditional"),
+        ("--loss_mode ae --free_bits 1", "--free_bits"), ("--nosuch 1", "--nosuch"),
+        ("--latent 3", "--latent"),
+        ("--recon_loss l1", "mse"), ("--model vit", "mlp"), ("--transform sepia", "grayscale3"),
+        ("surplus", "surplus"),
+        ("--batch_size 99999999999999999999", "--batch_size"), ("--seed 1" + 400 * "0", "--seed"),
+        ("--device meta", "cpu"),
         ("--dataset .", "--results_dir"), ("--resume nosuch.pt", "nosuch.pt"), ("--resume .", "a folder")]),
     *((infer, *row) for row in [
-        ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"), ("--num_samples 0", "--num_samples"),
-        ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"), ("--seed x", "--seed")])]
+        ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"),
+        ("--num_samples 0", "--num_samples"),
+        ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"),
+        ("--seed x", "--seed")])]
 
 BAD_FOLDERS = {  # what is in it → what the line says
-    "nothing": "holds no images", "text files": "holds no images", "unreadable images": "none of its 1 image files",
-    "too few images": "ten or more", "two sizes": "9x9 and 9x10", "no classes": "no classes", "tiny images": "too small",
+    "nothing": "holds no images", "text files": "holds no images",
+               "unreadable images": "none of its 1 image files",
+    "too few images": "ten or more", "two sizes": "9x9 and 9x10", "no classes": "no classes",
+               "tiny images": "too small",
     "other classes in test": "different classes", "train without test": "look like splits",
     "more loose than in folders": "are these classes", "an unreadable test": "in test/ can be read"}
 
 BAD_CHECKPOINTS = {
-    "a text file": "cut short", "a checkpoint of another program": "this project", "pickled code": "this project",
-    "a flipped bit": "checksum", "a cut file": "cut short", "an empty file": "cut short", "a newer format": "newer version",
-    "a tensor that is missing": "Missing key", "a tensor of another shape": "size mismatch", "a nan": "not finite",
+    "a text file": "cut short", "a checkpoint of another program": "this project",
+    "pickled code": "this project",
+    "a flipped bit": "checksum", "a cut file": "cut short", "an empty file": "cut short",
+    "a newer format": "newer version",
+    "a tensor that is missing": "Missing key", "a tensor of another shape": "size mismatch",
+    "a nan": "not finite",
     "no arguments": "this project",
     "a name that leads elsewhere": "this project"}
 
-BAD_RESUMES = {"--lr 1": "--lr", "--seed 3": "--seed", "--epochs 1": "2 or more", "--log_dir other": "--log_dir",
+BAD_RESUMES = {"--lr 1": "--lr", "--seed 3": "--seed", "--epochs 1": "2 or more",
+               "--log_dir other": "--log_dir",
                "--overwrite": "--overwrite", "--dataset mnist": "--dataset"}
 
 
@@ -1047,7 +1113,8 @@ def fill(root, what):
         if what == "more loose than in folders":
             picture(root / "a" / "1.png")
         for i in range({"nothing": 0, "too few images": 1}.get(what, 20)):
-            picture(root / f"{i}.png", (5 if what == "tiny images" else 9, 10 if what == "two sizes" and i % 2 else 9))
+            picture(root / f"{i}.png", (5 if what == "tiny images" else 9, 10 if what == "two sizes" and i % 2
+                                        else 9))
 
 
 def damage(path, what):
@@ -1097,18 +1164,23 @@ ROWS = [*(("line", *row, 2) for row in WRONG), *(("folder", train, *row, 1) for 
         *(("checkpoint", infer, *row, 1) for row in BAD_CHECKPOINTS.items()),
         *(("checkpoint", train, *row, 1) for row in BAD_CHECKPOINTS.items()),
         *(("resume", train, *row, 2) for row in BAD_RESUMES.items()),
-        ("other", train, "no network", "KMNIST/raw", 1), ("other", train, "results below a file", "cannot be written", 1),
-        ("other", train, "a changed dataset", "has changed", 1), ("other", train, "a name that is taken", "--overwrite", 2),
-        ("other", infer, "an unknown class", "only 0, 1, 2", 1), ("other", infer, "classes without a class", "--classes", 1)]
+        ("other", train, "no network", "KMNIST/raw", 1),
+        ("other", train, "results below a file", "cannot be written", 1),
+        ("other", train, "a changed dataset", "has changed", 1),
+        ("other", train, "a name that is taken", "--overwrite", 2),
+        ("other", infer, "an unknown class", "only 0, 1, 2", 1),
+        ("other", infer, "classes without a class", "--classes", 1)]
 
 
-@pytest.mark.parametrize("kind,script,what,said,expected", ROWS, ids=[f"{r[0]}-{r[1].__name__}-{r[2]}" for r in ROWS])
+@pytest.mark.parametrize("kind,script,what,said,expected", ROWS,
+                         ids=[f"{r[0]}-{r[1].__name__}-{r[2]}" for r in ROWS])
 def test_bad_input(kind, script, what, said, expected, folder, trained, workplace, capsys, monkeypatch):
     def refuse(*_, **__):
         raise OSError("Network is unreachable")
     monkeypatch.setattr("socket.socket.connect", refuse)  # also where there is a network
     argv, last = what.split(), workplace / "checkpoints/run/last.pt"
-    if kind in ("checkpoint", "resume") or what in ("a changed dataset", "a name that is taken", "classes without a class"):
+    if kind in ("checkpoint", "resume") or what in ("a changed dataset", "a name that is taken",
+                                                    "classes without a class"):
         shutil.copytree(trained, workplace, dirs_exist_ok=True)
     if kind == "folder":
         fill(workplace / "images", what)
@@ -1139,7 +1211,8 @@ def test_bad_input(kind, script, what, said, expected, folder, trained, workplac
     status, error = outcome(script.main, argv, capsys)
     assert status == expected and said in error and "Traceback" not in error
     assert error.count("\n") == 1 or what == "an unreadable test"  # which is named too
-    after = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file() and path.name != "lock"}
+    after = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()
+             and path.name != "lock"}
     assert {path for path in after if "cache" not in path.parts} <= set(before)
     assert all(after[path] == content for path, content in before.items() if path.name != "lock")
 
@@ -1147,20 +1220,25 @@ def test_bad_input(kind, script, what, said, expected, folder, trained, workplac
 def test_a_damaged_checkpoint_is_reported_with_what_else_there_is(trained, workplace, capsys):
     shutil.copytree(trained, workplace, dirs_exist_ok=True)
     damage(workplace / "checkpoints/run/last.pt", "a cut file")
-    assert "checkpoints/run/best.pt" in outcome(train.main, ["--resume", "checkpoints/run/last.pt"], capsys)[1]
+    assert "checkpoints/run/best.pt" in outcome(train.main, ["--resume", "checkpoints/run/last.pt"],
+                                                capsys)[1]
     damage(workplace / "checkpoints/run/best.pt", "a flipped bit")
     assert "nothing else" in outcome(train.main, ["--resume", "checkpoints/run/last.pt"], capsys)[1]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workplace, capsys):
-    status, error = outcome(train.main, ["--dataset", folder, "--lr", "1e30", "--model", "mlp", "--epochs", "2",
+    status, error = outcome(train.main, ["--dataset", folder, "--lr", "1e30", "--model", "mlp", "--epochs",
+                                         "2",
                                          "--log_dir", "run"], capsys)
-    assert status == 1 and all(part in error for part in ("epoch 1", "step", "not finite", "--lr", "1e+30", "beta 1"))
-    assert {path.name for path in workplace.iterdir()} <= {"data"}  # it ended before there was anything to keep
+    assert status == 1 and all(part in error for part in ("epoch 1", "step", "not finite", "--lr", "1e+30",
+                                                          "beta 1"))
+    # it ended before there was anything to keep
+    assert {path.name for path in workplace.iterdir()} <= {"data"}
     fit(folder, epochs=1)
     before = utils.load_checkpoint(Path("checkpoints/run/last.pt"))
     before["model"]["encoder.net.3.bias"][0] = 3e38  # the mean's, whose square is in the KL
-    utils.save_checkpoint(Path("checkpoints/run/last.pt"), {**before, "args": {**before["args"], "epochs": 2}})
+    utils.save_checkpoint(Path("checkpoints/run/last.pt"),
+                          {**before, "args": {**before["args"], "epochs": 2}})
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--save_every", "0"], capsys)
     assert status == 1 and "not finite" in error and "Still good: checkpoints/run/last.pt" in error
     assert utils.is_whole(Path("checkpoints/run/last.pt"))
@@ -1169,10 +1247,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workp
 # ------------------------------------------------------------------------------------------------------------
 # Real data
 
-@pytest.mark.skipif(not (HERE / "data/MNIST/raw/train-images-idx3-ubyte").exists(), reason="data/MNIST is not here")
+@pytest.mark.skipif(not (HERE / "data/MNIST/raw/train-images-idx3-ubyte").exists(),
+                    reason="data/MNIST is not here")
 @pytest.mark.parametrize("kind,bound", [("mlp", 110), ("cnn", 105)])
 def test_mnist_in_five_epochs(kind, bound, workplace):
-    train.main(["--dataset=mnist", f"--data_dir={HERE / 'data'}", "--levels=2", f"--model={kind}", "--epochs=5",
+    train.main(["--dataset=mnist", f"--data_dir={HERE / 'data'}", "--levels=2", f"--model={kind}",
+                "--epochs=5",
                 "--log_dir=run"])
     best = utils.load_checkpoint(workplace / "checkpoints/run/best.pt")
     assert best["best"] < bound and best["data"]["shape"] == [1, 28, 28]

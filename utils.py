@@ -1,5 +1,6 @@
-"""What everyone shares: the small mathematics, random streams, the command line's manners, pictures, checkpoints
-and the log of a run. Imports none of the project's other files."""
+"""What everyone shares: the small mathematics, random streams, the command line's manners, pictures,
+checkpoints and the log of a run. Imports none of the project's other files.
+"""
 
 import argparse
 import contextlib
@@ -57,7 +58,8 @@ def number(kind, low, above=False):
 
 def device_type(text):
     """An argparse type: cpu, cuda, cuda:N or mps, where this machine has it."""
-    here = ["cpu", *["cuda"] * torch.cuda.is_available(), *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
+    here = ["cpu", *["cuda"] * torch.cuda.is_available(),
+            *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
             *["mps"] * torch.backends.mps.is_available()]
     if text not in here:
         raise argparse.ArgumentTypeError(f"{text!r} is not on this machine, only {', '.join(here)}")
@@ -72,7 +74,8 @@ def run_name(text):
     """An argparse type: the name of a run, a relative path that stays below the two roots."""
     parts = text.split("/")
     if any(part in ("", ".", "..") or not re.fullmatch(r"[\w.+=,@ -]+", part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed, only a name such as my_run or group/my_run")
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed, only a name such as my_run or "
+                                         "group/my_run")
     return text
 
 
@@ -82,12 +85,14 @@ def one_line(error):
 
 
 class Signals:
-    """While it is entered, SIGINT and SIGTERM only set `received`, for the training loop to look at; the second one
-    ends the process at once."""
+    """While it is entered, SIGINT and SIGTERM only set `received`, for the training loop to look at; the
+    second one ends the process at once.
+    """
 
     def __enter__(self):
         self.received = 0
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.handle)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def handle(self, number, frame):
@@ -102,8 +107,9 @@ class Signals:
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other processes from training into a folder. The system drops the lock when the process ends, however it
-    ends, so nothing has to be cleaned up. Raises UserError where another process holds it."""
+    """Keep other processes from training into a folder. The system drops the lock when the process ends,
+    however it ends, so nothing has to be cleaned up. Raises UserError where another process holds it.
+    """
     with open(folder / "lock", "a+") as file:
         try:
             if os.name == "nt":
@@ -115,8 +121,8 @@ def locked(folder):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise UserError(f"{folder} is being trained by {file.read().strip() or 'another process'}; wait for it, or "
-                            "take another --log_dir")
+            raise UserError(f"{folder} is being trained by {file.read().strip() or 'another process'}; wait "
+                            "for it, or take another --log_dir")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
@@ -187,9 +193,10 @@ def active_units(means):
 def beta_schedule(mode, target, epochs):
     """The weight of the KL as a function of the number of epochs already finished.
 
-    constant: target. linear: target · finished / epochs, so 0 in the first epoch (and in the only one). cyclical: up
-    to four cycles, each rising linearly from 0 through its first half and staying at target for the rest (Fu et al.
-    2019, eq. 6-7, M = 4, R = 0.5); fewer cycles where they would be shorter than two epochs.
+    constant: target. linear: target · finished / epochs, so 0 in the first epoch (and in the only one).
+    cyclical: up to four cycles, each rising linearly from 0 through its first half and staying at target for
+    the rest (Fu et al. 2019, eq. 6-7, M = 4, R = 0.5); fewer cycles where they would be shorter than two
+    epochs.
     """
     if mode == "constant":
         return lambda finished: target
@@ -220,13 +227,16 @@ def visualize_manifold(decoder, grid_size=20):
 # Randomness: every draw is a pure function of (seed, purpose, index), so a run can stop and go on anywhere.
 
 def stream_seed(*key):
-    """63 bits that depend on every part of the key. A hash, since seed + step of one seed would be another's."""
+    """63 bits that depend on every part of the key. A hash, since seed + step of one seed would be another's.
+    """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def stream(*key, device="cpu"):
-    """A new generator for one purpose, such as stream(seed, "noise", step): on a CUDA device, else on the CPU."""
+    """A new generator for one purpose, such as stream(seed, "noise", step): on a CUDA device, else on the
+    CPU.
+    """
     device = torch.device(device)
     return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(stream_seed(*key))
 
@@ -241,10 +251,12 @@ def normal(shape, device, *key):
 # torchvision and pictures
 
 def _torchvision():
-    """Import torchvision, also beside a torch for which its compiled operators were not built (a CPU-only torch, say).
+    """Import torchvision, also beside a torch for which its compiled operators were not built (a CPU-only
+    torch, say).
 
-    This project uses none of those operators, but importing torchvision registers Python code for some of them and
-    fails where they are missing. So each that it misses is declared to torch, without code behind it.
+    This project uses none of those operators, but importing torchvision registers Python code for some of
+    them and fails where they are missing. So each that it misses is declared to torch, without code behind
+    it.
     """
     while True:
         try:
@@ -271,7 +283,7 @@ def save_picture(image, path, caption):
     """
     from PIL import Image, ImageDraw, ImageFont
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    scale = max(1, round(640 / pixels.shape[1]))
+    scale = math.ceil(640 / pixels.shape[1])
     pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     font = ImageFont.load_default(size=15)
     characters = max(16, int((pixels.shape[1] - 16) / font.getlength("n")))
@@ -284,7 +296,9 @@ def save_picture(image, path, caption):
 
 
 def interleave(above, below, nrow):
-    """Two batches of images as one for a grid of nrow images a row: a row of the first, the same of the second, …"""
+    """Two batches of images as one for a grid of nrow images a row: a row of the first, the same of the
+    second, …
+    """
     rows = zip(above.float().cpu().split(nrow), below.float().cpu().split(nrow))
     return torch.cat([part for pair in rows for part in pair])
 
@@ -302,7 +316,9 @@ FORMAT, VERSION = "plain-vae", 1
 
 
 def atomic_write(path, content):
-    """Put bytes in the place of a file: whoever reads it, whenever this process dies, finds the old or the new."""
+    """Put bytes in the place of a file: whoever reads it, whenever this process dies, finds the old or the
+    new.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -325,7 +341,8 @@ def save_checkpoint(path, state):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU, without executing anything that it may hold.
 
-    Raises UserError where the file is damaged, holds a number that is not finite, or is none of this project's.
+    Raises UserError where the file is damaged, holds a number that is not finite, or is none of this
+    project's.
     """
     content = io.BytesIO(path.read_bytes())
     try:
@@ -345,8 +362,8 @@ def load_checkpoint(path):
     except Exception:
         raise UserError(f"{path} is not a checkpoint of this project")
     if version > VERSION:
-        raise UserError(f"{path} was written by a newer version of this project (format {version}; this one reads "
-                        f"{VERSION})")
+        raise UserError(f"{path} was written by a newer version of this project (format {version}; this one "
+                        f"reads {VERSION})")
     for part in ("model", "optimizer"):
         if not all(value.isfinite().all() for value in tensors(state.get(part))):
             raise UserError(f"{path} is damaged: a number in its {part} is not finite")
@@ -379,7 +396,8 @@ COLUMNS = ("epoch", "beta", "lr", "train_loss", "train_rec", "train_kl", "train_
 
 def write_csv(path, columns, rows):
     """Rows are dictionaries; what a row lacks is left empty."""
-    lines = [columns, *(["" if row.get(name) is None else str(row[name]) for name in columns] for row in rows)]
+    lines = [columns, *(["" if row.get(name) is None else str(row[name]) for name in columns]
+                        for row in rows)]
     atomic_write(path, "".join(",".join(line) + "\n" for line in lines).encode())
 
 
@@ -388,21 +406,22 @@ def write_json(path, values):
 
 
 class RunLog:
-    """metrics.csv, pictures and TensorBoard's events in the run's results folder. The training does not depend on
-    them: the first write that fails is reported, and none ends the run."""
+    """metrics.csv, pictures and TensorBoard's events in the run's results folder. The training does not
+    depend on them: the first write that fails is reported, and none ends the run."""
 
     def __init__(self, folder, history):
         self.folder, self.drawn, self.failed, self.writer = folder, time.monotonic(), False, None
         self.attempt(self.open, len(history))
-        self.attempt(write_csv, folder / "metrics.csv", COLUMNS, history)  # a resumed run may have one row too many
+        # a resumed run may have one row too many
+        self.attempt(write_csv, folder / "metrics.csv", COLUMNS, history)
 
     def attempt(self, write, *args):
         try:
             write(*args)
         except Exception as error:
             if not self.failed:
-                print(f"{self.folder}: a picture or log cannot be written ({one_line(error)}); the training goes on, "
-                      "and this is said once", file=sys.stderr, flush=True)
+                print(f"{self.folder}: a picture or log cannot be written ({one_line(error)}); the training "
+                      "goes on, and this is said once", file=sys.stderr, flush=True)
             self.failed = True
 
     def open(self, epochs):
@@ -410,7 +429,8 @@ class RunLog:
         self.writer = SummaryWriter(self.folder, purge_step=epochs + 1)
 
     def epoch(self, history, draw):
-        """history: the rows of metrics.csv so far, the last one new; draw: writes the pictures of this epoch."""
+        """history: the rows of metrics.csv so far, the last one new; draw: writes the pictures of this epoch.
+        """
         self.attempt(write_csv, self.folder / "metrics.csv", COLUMNS, history)
         self.attempt(draw)
         self.attempt(self.events, history[-1])
@@ -441,16 +461,21 @@ def draw_curves(history, path):
     from matplotlib.ticker import MaxNLocator
     panels = [("loss", "loss at the target beta"), ("rec", "reconstruction"), ("kl", "KL"),
               ("bpd", "bits/dim"), ("beta", "beta")]
-    panels = [(key, title) for key, title in panels if any(history[0].get(p + key) is not None for p in ("", "val_"))]
+    panels = [(key, title) for key, title in panels
+              if any(history[0].get(p + key) is not None for p in ("", "val_"))]
     best = min(history, key=lambda row: row["val_loss"])["epoch"]
     epochs = [row["epoch"] for row in history]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), layout="constrained")
     for axis, (key, title) in zip(np.atleast_1d(axes), panels):
         curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
         for prefix, label in curves.items():
-            axis.plot(epochs, [row[prefix + key] for row in history], label=label, marker="." if len(epochs) < 30 else "")
+            axis.plot(epochs, [row[prefix + key] for row in history], label=label, marker="."
+                      if len(epochs) < 30 else "")
         axis.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
         axis.set(title=title, xlabel="epoch")
+        values = [row[prefix + key] for row in history for prefix in curves]
+        if 0 < 10 * min(values) < max(values):  # without a penalty the first KL would hide the rest
+            axis.set_yscale("log")
         if key in ("loss", "rec", "kl"):  # a squared error has no unit
             axis.set_ylabel("nats per image" if key == "kl" or "val_bpd" in history[0] else "per image")
         if key == "beta":
