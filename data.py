@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,11 +64,12 @@ class Data:
     shape: tuple    # (C, H, W)
     levels: int     # a pixel is an integer from 0 to levels - 1
     classes: list   # names, in the order of the labels; empty where the data has no classes
+    crc32: int      # of the training images and labels
 
     def about(self):
         """What a checkpoint says of the data."""
         return {"shape": list(self.shape), "levels": self.levels, "classes": self.classes,
-                "images": [len(self.train), len(self.val), len(self.test)]}
+                "images": [len(self.train), len(self.val), len(self.test)], "crc32": self.crc32}
 
 
 def load(dataset, data_dir="data", image_size=None, levels=256, binarize="threshold", transform="none",
@@ -115,8 +117,10 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
             split.stochastic = False
         elif not split.stochastic:
             split.images = quantize(split.images, levels)
+    crc32 = zlib.crc32(train.labels.numpy(), zlib.crc32(train.images.numpy()))
+    for split in (train, val, test):
         split.images, split.labels = split.images.to(device), split.labels.to(device)
-    return Data(train, val, test, tuple(train.images.shape[1:]), levels, classes)
+    return Data(train, val, test, tuple(train.images.shape[1:]), levels, classes, crc32)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -176,7 +180,7 @@ def cached(data_dir, key, count, make):
     folder = data_dir / "cache" / key
     try:
         return [np.load(folder / f"{number}.npy", allow_pickle=False) for number in range(count)]
-    except (OSError, ValueError, EOFError):
+    except Exception:  # damaged bytes may raise anything
         arrays = make()
     partial = folder.with_name(f"{key}.{os.getpid()}")
     try:
@@ -279,7 +283,8 @@ def list_images(root):
         return sorted(Path(where) / name for where, _, names in os.walk(folder) for name in names
                       if is_image(name))
     folders = {printable(folder.name): inside(folder) for folder in sorted(root.iterdir())
-               if folder.is_dir() and not folder.name.startswith(".") and folder.name != "__MACOSX"}
+               if folder.is_dir() and not folder.name.startswith(".") and folder.name != "__MACOSX"
+               and not root.resolve().is_relative_to(folder.resolve())}  # a link that leads back
     folders = {name: files for name, files in folders.items() if files}
     flat = sorted(path for path in root.iterdir() if is_image(path.name) and not path.is_dir())
     if not folders:
@@ -340,6 +345,8 @@ def decode(root, files, n_train, image_size, progress_bar):
 def to_array(path, image_size):
     """One image file → uint8 [H, W] where it is grey, else [H, W, 3]; upright, transparent parts on white."""
     from PIL import Image, ImageOps
+    if not path.is_file():  # a pipe would be waited for without end
+        raise ValueError("no file")
     with Image.open(path) as image:
         kind, image = image.format, ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):

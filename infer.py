@@ -18,7 +18,7 @@ def parse_args(argv=None):
     default = "(default: %(default)s)"
     parser.add_argument("--ckpt", type=Path, metavar="FILE",
                         help="(default: the newest checkpoints/**/best.pt)")
-    parser.add_argument("--results_dir", metavar="DIR", 
+    parser.add_argument("--results_dir", metavar="DIR",
                         help="where pictures go (default: where the training's went)")
     parser.add_argument("--dataset", metavar="PATH",
                         help="the folder of images, if it was moved (default: as in training)")

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from data import DATASETS, load
 from model import DEFAULT_LOSS, build
-from utils import (ArgumentParser, RunLog, Signals, UserError, active_units, beta_schedule, call,
-                   default_device, device_type, interleave, is_whole, load_checkpoint, locked, normal, number,
-                   one_line, run_name, save_checkpoint, save_grid, stream, stream_seed, write_csv, write_json)
+from utils import (ArgumentParser, RunLog, Signals, UserError, active_units, all_finite, beta_schedule, call,
+                   default_device, device_type, interleave, load_checkpoint, locked, normal, number, one_line,
+                   run_name, save_checkpoint, save_grid, say, stream, stream_seed, write_csv, write_json)
 
 WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
 
@@ -43,7 +43,7 @@ def parse_args(argv=None):
                       help=f"with --levels 2: pixel > 0.5, or a fresh Bernoulli draw each time {default}")
     data.add_argument("--transform", choices=("none", "grayscale", "grayscale3"), default="none",
                       help=f"as stored, luminance in one channel, or in three {default}")
-    data.add_argument("--limit", type=number(int, 1), metavar="N", 
+    data.add_argument("--limit", type=number(int, 1), metavar="N",
                       help="keep the first N training images (default: all)")
 
     model = parser.add_argument_group("model")
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     run.add_argument("--results_dir", default="results", metavar="DIR",
                      help=f"pictures and figures {default}")
     run.add_argument("--checkpoint_dir", default="checkpoints", metavar="DIR", help=default)
-    run.add_argument("--overwrite", action="store_true", 
+    run.add_argument("--overwrite", action="store_true",
                      help="replace the run that has this name (default: refuse)")
     run.add_argument("--seed", type=number(int, 0), default=1, metavar="N", help=default)
     run.add_argument("--seeds", type=number(int, 0), nargs="+", metavar="N",
@@ -142,18 +142,19 @@ def parse_args(argv=None):
 def resume_args(parser, defaults, given):
     """→ the arguments of the run to go on with, its checkpoint."""
     path = given.pop("resume")
+    others = [other.as_posix() for other in sorted(path.parent.glob("*.pt")) if other != path]
     if not path.is_file():
         parser.error(f"argument --resume: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
-                     "only a file such as checkpoints/NAME/last.pt")
+                     "only a "
+                     f"file such as {' or '.join(others) or 'checkpoints/NAME/last.pt'}")
     for name in given:
         if name not in ("data_dir", "save_every", "progress_bar", "device", "epochs"):
             parser.error(f"argument --{name}: not beside --resume, which keeps the run's own; only "
                          "--data_dir, --save_every, --progress_bar, --device and a larger --epochs")
     try:
-        resumed = load_checkpoint(path)
+        resumed = verified(path)
     except UserError as error:
-        others = [str(other) for other in sorted(path.parent.glob("*.pt")) if other != path
-                  and is_whole(other)]
+        others = [other for other in others if is_whole(Path(other))]
         raise UserError(f"{error}; " + (f"whole, and good for --resume: {', '.join(others)}" if others else
                                         f"nothing else in {path.parent} can be resumed"))
     began = {**defaults, **resumed["args"], "resume": None, "overwrite": False,
@@ -171,11 +172,16 @@ def resume_args(parser, defaults, given):
     if args.device != began["device"]:
         print(f"--device {args.device}: the run began on {began['device']}, so it will not end with the same "
               "last bit as without the change", file=sys.stderr)
-    folder, name = path.resolve().parent, Path(args.log_dir)
-    # the run's folder is where the file is, though it was moved
-    if folder.parts[-len(name.parts):] == name.parts:
-        if folder != (Path(args.checkpoint_dir) / name).resolve():
-            args.checkpoint_dir = str(Path(*folder.parts[:-len(name.parts)]))
+    # The run is where its file is, under the name that its folder has there, if it was moved, copied or
+    # renamed.
+    folder, name = path.resolve().parent, Path(args.log_dir).parts
+    if folder.parts[-len(name):] != name:
+        name = folder.parts[-2:] if args.seeds else folder.parts[-1:]
+        args.log_dir = "/".join(name)
+    root = folder.parents[len(name) - 1]
+    if root != Path(args.checkpoint_dir).resolve():
+        args.checkpoint_dir = str(root)
+    torch.set_num_threads(resumed["threads"])  # another number would round sums in another order
     return args, resumed
 
 
@@ -243,38 +249,48 @@ def means(sums, n):
 # ------------------------------------------------------------------------------------------------------------
 # A run
 
-def run(args, data, resumed=None):
+def run(args, data, resumed, signals):
     """Train one model and leave its files → the figures of test.json.
 
-    resumed: the checkpoint from which to go on, as load_checkpoint gives it; None starts anew
+    resumed: the checkpoint from which to go on, as `verified` gives it; None starts anew
     """
     check(args, data, resumed)
     torch.manual_seed(stream_seed(args.seed, "weights"))
-    model = build(vars(args), data.about()).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-                                  fused=torch.device(args.device).type != "mps")
+    model, optimizer = build_both(args, data.about())
     state = {"epoch": 0, "step": 0, "sums": torch.zeros(()), "best": math.inf, "history": [], "elapsed": 0.0}
     if resumed:
-        state = restore(model, optimizer, resumed, state)
+        restore(model, optimizer, resumed)
+        state = {name: resumed[name] for name in state}
     state["sums"] = state["sums"].to(args.device)
     beta_of = beta_schedule(args.beta_mode, args.target_beta_val, args.epochs)
-    with claimed(args, resumed) as (results, checkpoints), Signals() as signals:
-        print(f"{args.log_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{'x'.join(map(str, data.shape))} pixels of {data.levels} levels, "
-              f"{' + '.join(f'{n:,}' for n in data.about()['images'])} images, {args.device}"
-              + (f"; goes on after step {state['step']:,}" if resumed else ""), flush=True)
+    beta = beta_of(state["epoch"])
+    with claimed(args, resumed) as (results, checkpoints):
+        say(f"{args.log_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{'x'.join(map(str, data.shape))} pixels of {data.levels} levels, "
+            f"{' + '.join(f'{n:,}' for n in data.about()['images'])} images, {args.device}"
+            + (f"; goes on after step {state['step']:,}" if resumed else ""))
+        if state["history"] and not is_whole(checkpoints / "best.pt"):
+            if state["epoch"] == args.epochs:
+                raise UserError(f"{checkpoints / 'best.pt'} is missing or damaged, and with it the best "
+                                "epoch of a "
+                                f"run that is over; --epochs {args.epochs + 1} goes on from "
+                                f"{checkpoints / 'last.pt'}")
+            print(f"{checkpoints / 'best.pt'} is missing or damaged: the best epoch is looked for anew from "
+                  "here",
+                  file=sys.stderr)
+            state["best"] = math.inf
         log, saved = RunLog(results, state["history"]), time.monotonic()
         start = saved - state["elapsed"]
 
         def save(*names):
             nonlocal saved
-            if not all(value.isfinite().all() for value in [state["sums"], *model.state_dict().values()]):
+            content = {"args": vars(args), "data": data.about(), "threads": torch.get_num_threads(),
+                       "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                       **state, "elapsed": time.monotonic() - start}
+            if not all_finite([content["model"], content["optimizer"], state["sums"]]):
                 raise FloatingPointError
-            state["elapsed"] = time.monotonic() - start
             for name in names:
-                save_checkpoint(checkpoints / name,
-                                {"args": vars(args), "data": data.about(), "model": model.state_dict(),
-                                                     "optimizer": optimizer.state_dict(), **state})
+                save_checkpoint(checkpoints / name, content)
             saved = time.monotonic()
 
         def tick():
@@ -283,14 +299,13 @@ def run(args, data, resumed=None):
                                                  or time.monotonic() - saved >= args.save_every):
                 save("last.pt")
             if signals.received:
-                print(f"stopped after step {state['step']:,}; to go on:\n"
-                      f"python train.py --resume {shlex.quote(str(checkpoints / 'last.pt'))}", flush=True)
+                say(f"stopped after step {state['step']:,}; to go on:\n"
+                    f"python train.py --resume {shlex.quote((checkpoints / 'last.pt').as_posix())}")
                 sys.exit(128 + signals.received)
 
         try:
-            # only last.pt was kept: the best known
-            if state["history"] and not is_whole(checkpoints / "best.pt"):
-                save("best.pt")
+            if state["epoch"] < args.epochs:
+                (results / "test.json").unlink(missing_ok=True)  # of fewer epochs
             while state["epoch"] < args.epochs:
                 beta = beta_of(state["epoch"])
                 row = run_epoch(model, data, optimizer, args, state, beta, tick)
@@ -303,20 +318,22 @@ def run(args, data, resumed=None):
                 # again.
                 save(*["best.pt"] * improved, "last.pt")
                 print_epoch(row, args, improved)
-            model.load_state_dict(load_checkpoint(checkpoints / "best.pt")["model"])
-            test = test_figures(model, data, args, state["history"], tick)
+            best = load_checkpoint(checkpoints / "best.pt")
+            model.load_state_dict(best["model"])
+            test = {"epoch": best["epoch"], **test_figures(model, data, args, tick)}
         except FloatingPointError:
-            whole = [str(path) for path in (checkpoints / "last.pt", checkpoints / "best.pt")
-                     if path.exists()]
-            raise UserError(f"epoch {state['epoch'] + 1}, step {state['step'] + 1}: the loss or a weight is "
-                            f"not finite (lr {args.lr:g}, beta {beta_of(state['epoch']):g}). A smaller --lr "
-                            "or beta helps, or "
-                            "--grad_clip 1000." + (f" Still good: {', '.join(whole)}" if whole else ""))
+            whole = [path.as_posix() for path in sorted(checkpoints.glob("*.pt")) if is_whole(path)]
+            raise UserError(f"epoch {min(state['epoch'] + 1, args.epochs)}, after step {state['step']}: the "
+                            "loss or "
+                            f"a weight is not finite (lr {args.lr:g}, beta {beta:g}). Start anew with a "
+                            "smaller --lr "
+                            "or beta, or with --grad_clip 1000."
+                            + (f" Still good: {', '.join(whole)}" if whole else ""))
         report(test, args)
         write_json(results / "test.json", test)
         log.close(state["history"])
-        print(f"wrote {results} and {checkpoints / 'best.pt'}\n"
-              f"draw: python infer.py --ckpt {shlex.quote(str(checkpoints / 'best.pt'))}")
+        say(f"wrote {results} and {checkpoints / 'best.pt'}\n"
+            f"draw: python infer.py --ckpt {shlex.quote((checkpoints / 'best.pt').as_posix())}")
         return test
 
 
@@ -333,22 +350,46 @@ def check(args, data, resumed):
                         f"{data.about()}); bring it back, or train anew")
 
 
-def restore(model, optimizer, resumed, state):
-    """Put a checkpoint's tensors in their places → its values of `state`. Raises UserError where they do not
+def build_both(args, about):
+    """→ the model and its optimiser."""
+    model = build(vars(args), about).to(args.device)
+    return model, torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                                    fused=torch.device(args.device).type != "mps")
+
+
+def restore(model, optimizer, resumed):
+    """Put a checkpoint's tensors in their places. Raises some exception or other where they do not fit."""
+    model.load_state_dict(resumed["model"])
+    moments = resumed["optimizer"]["state"]
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for i, parameter in enumerate(model.parameters() if resumed["step"] else ()):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[i][name].shape != parameter.shape:
+                raise ValueError(f"size mismatch for {name} of {list(parameter.shape)}")
+
+
+def verified(path):
+    """A checkpoint from which a run can go on. Raises UserError where anything in it is missing or does not
     fit.
     """
+    state = load_checkpoint(path)
     try:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        for parameter in model.parameters() if resumed["step"] else ():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if optimizer.state[parameter][name].shape != parameter.shape:
-                    raise ValueError(f"{name} has the shape {list(optimizer.state[parameter][name].shape)}, "
-                                     f"not {list(parameter.shape)}")
-        return {name: resumed[name] for name in state}
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the checkpoint does not fit its own arguments ({one_line(error)}); it cannot be "
-                        "resumed")
+        restore(*build_both(Namespace(**{**state["args"], "device": "cpu"}), state["data"]), state)
+        for name, kind in {"epoch": int, "step": int, "threads": int, "sums": torch.Tensor, "history": list,
+                           "best": float, "elapsed": float}.items():
+            if not isinstance(state[name], kind):
+                raise TypeError(f"{name} is {state[name]!r}")
+    except Exception as error:  # what somebody else wrote may raise anything
+        raise UserError(f"{path} is damaged, or no checkpoint of this project: {one_line(error)}")
+    return state
+
+
+def is_whole(path):
+    """Whether a checkpoint is there and verifies."""
+    try:
+        return bool(verified(path))
+    except (UserError, OSError):
+        return False
 
 
 def run_epoch(model, data, optimizer, args, state, beta, tick):
@@ -371,11 +412,10 @@ def figures(args, terms):
 
 
 @torch.no_grad()
-def test_figures(model, data, args, history, tick):
-    """The best checkpoint's figures on the test split."""
+def test_figures(model, data, args, tick):
+    """The model's figures on the test split."""
     terms = figures(args, test_epoch(model, data.test, args, "test", tick))
-    test = {"epoch": min(history, key=lambda row: row["val_loss"])["epoch"],
-            **{f"test_{name}": value for name, value in terms.items()}}
+    test = {f"test_{name}": value for name, value in terms.items()}
     if args.loss_mode == "vae":
         batches = torch.arange(len(data.test)).split(args.batch_size)
         means = torch.cat([model.embed(*data.test.batch(index)) for index in batches])
@@ -385,22 +425,22 @@ def test_figures(model, data, args, history, tick):
 
 def report(test, args):
     """Print the test figures, and what helps where the posterior has collapsed onto the prior."""
-    print(f"best epoch {test['epoch']} on the test images: " + describe(test, "test_"))
+    say(f"best epoch {test['epoch']} on the test images: " + describe(test, "test_"))
     if args.loss_mode == "ae":
         return
     active = test["active_units"]
-    print(f"active units: {'not known from so few test images' if active is None else active} of "
-          f"{args.latent_size}")
+    say(f"active units: {'not known from so few test images' if active is None else active} of "
+        f"{args.latent_size}")
     if test["test_kl"] < 1 or (active is not None and active < min(2, args.latent_size)):
-        print("the posterior collapsed: the decoder all but ignores z. What helps: --beta_mode linear, a "
-              "smaller --target_beta_val, or --free_bits 0.1")
+        say("the posterior collapsed: the decoder all but ignores z. What helps: --beta_mode linear, a "
+            "smaller --target_beta_val, or --free_bits 0.1")
 
 
 def print_epoch(row, args, improved):
     beta = f"beta {row['beta']:.3g} | " if args.loss_mode == "vae" else ""
-    print(f"epoch {row['epoch']:>{len(str(args.epochs))}}/{args.epochs} | {beta}train "
-          f"{describe(row, 'train_')} | val {describe(row, 'val_')} | {row['seconds']:.1f} "
-          f"s{' *' if improved else ''}", flush=True)
+    say(f"epoch {row['epoch']:>{len(str(args.epochs))}}/{args.epochs} | {beta}train "
+        f"{describe(row, 'train_')} | "
+        f"val {describe(row, 'val_')} | {row['seconds']:.1f} s{' *' if improved else ''}")
 
 
 def describe(row, prefix):
@@ -469,7 +509,7 @@ def claimed(args, resumed):
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}); --results_dir and "
                             "--checkpoint_dir move it")
-        with locked(folders[1]):
+        with locked(folders[0]), locked(folders[1]):
             # also one that another process has made just now
             if not resumed and any(map(holds_run, folders)):
                 if not args.overwrite:
@@ -483,6 +523,17 @@ def claimed(args, resumed):
                     shutil.rmtree(path) if path in folders else path.rmdir()
 
 
+def wipe_group(args, group):
+    """Delete the files of a group of seeds, of which some may not be trained again; none where one is in use.
+    """
+    with contextlib.ExitStack() as locks:
+        for root in (args.results_dir, args.checkpoint_dir):
+            for folder in Path(root, group).glob("seed_*"):
+                locks.enter_context(locked(folder))
+        for root in (args.results_dir, args.checkpoint_dir):
+            wipe([Path(root, group), *Path(root, group).glob("seed_*")])
+
+
 def free_name(args):
     """A name made of what matters, with a number where it is taken."""
     name = "_".join(["cvae" if args.conditional else args.loss_mode,
@@ -494,17 +545,20 @@ def free_name(args):
     return free
 
 
-def run_seeds(args, data, resumed):
+def run_seeds(args, data, resumed, signals):
     """A run for each seed in a folder of its own, then mean ± standard deviation of every test figure."""
     group = Path(args.log_dir).parent.as_posix() if resumed else args.log_dir or free_name(args)
     if args.overwrite:
-        for root in (args.results_dir, args.checkpoint_dir):  # also the seeds of before that are none of now
-            wipe([Path(root) / group, *Path(root, group).glob("seed_*")])
+        wipe_group(args, group)
     tests = []
     for seed in args.seeds:
         one = Namespace(**{**vars(args), "seed": seed, "log_dir": f"{group}/seed_{seed}"})
-        last = Path(args.checkpoint_dir) / one.log_dir / "last.pt"
-        tests.append(run(one, data, load_checkpoint(last) if resumed and last.exists() else None))
+        state = resumed
+        if resumed and resumed["args"]["seed"] != seed:
+            kept = [Path(args.checkpoint_dir, one.log_dir, name) for name in ("last.pt", "best.pt")]
+            state = next((verified(path) for path in kept if is_whole(path)), None)
+            one.overwrite = state is None  # a seed that was killed before its first save begins anew
+        tests.append(run(one, data, state, signals))
     columns = [f"seed_{seed}" for seed in args.seeds]
     rows = []
     for name in tests[0]:
@@ -523,7 +577,8 @@ def main(argv=None):
     args, resumed = parse_args(argv)
     data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform,
                 args.limit, args.device, progress_bar=args.progress_bar)
-    (run_seeds if args.seeds else run)(args, data, resumed)
+    with Signals() as signals:
+        (run_seeds if args.seeds else run)(args, data, resumed, signals)
 
 
 if __name__ == "__main__":

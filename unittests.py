@@ -470,7 +470,8 @@ def test_a_cache_that_is_damaged_is_made_again(tmp_path):
     (tmp_path / "in" / "20.png").touch()
     before = data.load(str(tmp_path / "in"), tmp_path)
     for damaged in sorted((tmp_path / "cache").rglob("*.npy")):
-        damaged.unlink() if damaged.name == "2.npy" else damaged.write_bytes(damaged.read_bytes()[:100])
+        damaged.unlink() if damaged.name == "2.npy" else damaged.write_bytes(
+            b"PK\x03\x04" if damaged.name == "0.npy" else damaged.read_bytes()[:100])
         assert torch.equal(before.train.images, data.load(str(tmp_path / "in"), tmp_path).train.images)
 
 
@@ -859,12 +860,17 @@ def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, wor
         return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--num_filters=2", "--epochs=3",
                 "--batch_size=32", f"--log_dir={name}", *flags.split()]
     train.main(argv("whole"))
-    for stop in (13, 2, 11, 1):  # in training, twice; in validation; in the last epoch's
+    # Of the 12 batches of an epoch 10 are for training. It stops in training; in validation, after the first
+    # batch of two; in the validation of the last epoch; and in the test of the best checkpoint, when all is
+    # trained.
+    for stop in (13, 10, 14, 3):
         with monkeypatch.context() as patch:
             stop_at(patch, stop)
             status, _ = outcome(train.main, argv("cut") if stop == 13
                                 else ["--resume", "checkpoints/cut/last.pt"], capsys)
             assert status == 143
+    with open("results/cut/metrics.csv", "a") as file:
+        file.write("4,a row of an epoch that was not saved\n")
     train.main(["--resume", "checkpoints/cut/last.pt"])
     assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
                        for name in ("whole", "cut")))
@@ -883,11 +889,12 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
     def argv(name):
         return [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1", "--batch_size=32",
                 "--seeds", "4",
-                "5", "6", f"--log_dir={name}"]
+                "5", "6", f"--log_dir={name}", "--overwrite"]
     train.main(argv("whole"))
     with monkeypatch.context() as patch:
         stop_at(patch, 20)
         assert outcome(train.main, argv("cut"), capsys)[0] == 143
+    shutil.rmtree("checkpoints/cut/seed_4")  # as if it had been killed before its first save
     train.main(["--resume", "checkpoints/cut/seed_5/last.pt"])
     assert Path("results/cut/seeds.csv").read_text() == Path("results/whole/seeds.csv").read_text()
 
@@ -899,8 +906,87 @@ def test_a_moved_run_goes_on_where_it_is(folder, workplace):
     assert utils.load_checkpoint(Path("moved/run/last.pt"))["epoch"] == 2 and not Path("checkpoints").exists()
     Path("alone/run").mkdir(parents=True)
     shutil.copy("moved/run/last.pt", "alone/run/last.pt")  # without its best.pt
-    train.main(["--resume", "alone/run/last.pt"])
-    assert utils.is_whole(Path("alone/run/best.pt"))
+    train.main(["--resume", "alone/run/last.pt", "--epochs", "3"])
+    assert train.is_whole(Path("alone/run/best.pt"))
+
+
+def test_a_copied_run_leaves_the_original_alone(folder, workplace):
+    fit(folder, epochs=1)
+    shutil.copytree("checkpoints/run", "checkpoints/backup")
+    before = {path: path.read_bytes() for path in workplace.rglob("run/*") if path.name != "lock"}
+    train.main(["--resume", "checkpoints/backup/last.pt", "--epochs", "2"])
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert utils.load_checkpoint(Path("checkpoints/backup/last.pt"))["epoch"] == 2
+    assert len(Path("results/backup/metrics.csv").read_text().splitlines()) == 3
+
+
+def test_a_lost_best_checkpoint_is_said_and_never_made_up(folder, workplace, capsys, monkeypatch):
+    run_epoch, ranks = train.run_epoch, iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(train, "run_epoch", lambda *args: {**run_epoch(*args), "val_loss": next(ranks)})
+    fit(folder, epochs=2)  # the first epoch is the best
+    damage(workplace / "checkpoints/run/best.pt", "a flipped bit")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt"], capsys)
+    assert status == 1 and "best.pt is missing or damaged" in error and "--epochs 3" in error
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
+    assert "looked for anew" in capsys.readouterr().err
+    assert json.loads(Path("results/run/test.json").read_text())["epoch"] == 3
+
+
+def test_killed_between_the_two_checkpoints_keeps_the_best(folder, workplace, monkeypatch):
+    fit(folder, epochs=2)
+    os.rename("results/run", "results/whole"), os.rename("checkpoints/run", "checkpoints/whole")
+    fit(folder, epochs=1)
+    save_checkpoint, saved = train.save_checkpoint, []
+
+    def dies(path, state):
+        saved.append(path.name)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        save_checkpoint(path, state)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "2"])
+    assert saved == ["best.pt", "last.pt"]
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "2"])
+    assert_same_runs(*((workplace / "results" / n, workplace / "checkpoints" / n) for n in ("whole", "run")))
+
+
+def test_what_cannot_be_read_again_is_not_saved(folder, workplace, capsys):
+    """Gradients whose squares overflow make the optimiser's moments infinite long before a weight is."""
+    status, error = outcome(train.main, ["--dataset", folder, "--model", "mlp", "--hidden_dims", "8",
+                                         "--epochs", "2",
+                                         "--target_beta_val", "1e25", "--log_dir", "run"], capsys)
+    assert status == 1 and "not finite" in error and "beta 1e+25" in error and not list(workplace.rglob("*.pt"))
+
+
+def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
+    fit(folder, "--beta_mode=linear")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
+    assert status == 2 and "--beta_mode" in error
+
+
+def test_means_that_are_not_finite_are_found_on_any_device():
+    with pytest.raises(FloatingPointError):
+        train.means(torch.tensor([1.0, math.nan]), 2)
+
+
+def test_a_writer_that_fails_to_open_does_not_end_the_run(folder, workplace, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", fails)
+    fit(folder, epochs=1)
+    assert capsys.readouterr().err.count("No space left") == 1
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = start("--dataset", folder, "--model", "mlp", "--hidden_dims", "8", "--epochs", "3", "--log_dir",
+                    "run")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0 and process.stderr.read() == ""
+    assert utils.load_checkpoint(tmp_path / "checkpoints/run/last.pt")["epoch"] == 3
 
 
 def start(*words, **options):
@@ -917,7 +1003,7 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(tmp_path,
             "--binarize", "stochastic", "--batch_size", "8", "--epochs", "8", "--save_every", "0.02"]
     whole = start(*argv, "--log_dir", "whole")
     assert whole.communicate()[1] == ""
-    moments, killed, words = random.Random(0), 0, [*argv, "--log_dir", "cut"]
+    moments, killed, within, words = random.Random(0), 0, 0, [*argv, "--log_dir", "cut"]
     while killed < 20:
         process = start(*words)
         assert "parameters" in process.stdout.readline()  # it trains from here on
@@ -928,9 +1014,9 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(tmp_path,
         killed += 1
         last = tmp_path / "checkpoints/cut/last.pt"
         words = ["--resume", last] if last.exists() else [*argv, "--log_dir", "cut", "--overwrite"]
-        assert all(map(utils.is_whole, (tmp_path / "checkpoints/cut").glob("*.pt")))
-    step = utils.load_checkpoint(last)["step"]
-    assert 0 < step < 8 * 375
+        assert all(map(train.is_whole, (tmp_path / "checkpoints/cut").glob("*.pt")))
+        within += last.exists() and utils.load_checkpoint(last)["step"] % 375 > 0
+    assert within > 0  # an epoch was cut in two
     assert start("--resume", last).communicate()[1] == ""
     assert_same_runs(*((tmp_path / "results" / name, tmp_path / "checkpoints" / name)
                        for name in ("whole", "cut")))
@@ -947,7 +1033,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, folder, tmp_path, monkeypa
     out, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number and err == ""
     assert out.endswith("\npython train.py --resume 'checkpoints/a b/last.pt'\n")
-    assert utils.is_whole(tmp_path / "checkpoints/a b/last.pt")
+    assert train.is_whole(tmp_path / "checkpoints/a b/last.pt")
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
@@ -1022,14 +1108,17 @@ def test_images_that_would_hurt_are_left_out(tmp_path, capsys):
         Image.new("1", (20_000, 20_000)).save(file)
     (root / "loop.png").symlink_to(root / "loop.png")
     (root / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "self").symlink_to(root)
+    os.mkfifo(root / "pipe.png")
     os.rename(root / "3.png", os.fsencode(root) + b"/\xff\xfe.png")
     read = data.load(str(root), tmp_path)
     said = capsys.readouterr().err
     assert len(read.train) + len(read.val) + len(read.test) == 12
-    assert all(name in said for name in ("bomb.png", "loop.png", "gone.jpg", "3 of 15"))
+    assert all(name in said for name in ("bomb.png", "loop.png", "gone.jpg", "pipe.png", "4 of 16"))
     odd = os.fsencode(tmp_path) + b"/classes/\xff"
     os.makedirs(odd)
-    shutil.copytree(root, tmp_path / "classes" / "b", ignore=lambda *_: ["bomb.png", "loop.png", "gone.jpg"])
+    shutil.copytree(root, tmp_path / "classes" / "b",
+                    ignore=lambda *_: ["bomb.png", "loop.png", "gone.jpg", "self", "pipe.png"])
     os.link(root / "1.png", odd + b"/1.png")
     (tmp_path / "classes" / "b" / "up").symlink_to(tmp_path / "classes")
     read = data.load(str(tmp_path / "classes"), tmp_path)
@@ -1230,7 +1319,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workp
     status, error = outcome(train.main, ["--dataset", folder, "--lr", "1e30", "--model", "mlp", "--epochs",
                                          "2",
                                          "--log_dir", "run"], capsys)
-    assert status == 1 and all(part in error for part in ("epoch 1", "step", "not finite", "--lr", "1e+30",
+    assert status == 1 and all(part in error for part in ("epoch 1", "after step", "not finite", "--lr",
+                                                          "1e+30",
                                                           "beta 1"))
     # it ended before there was anything to keep
     assert {path.name for path in workplace.iterdir()} <= {"data"}
@@ -1240,8 +1330,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workp
     utils.save_checkpoint(Path("checkpoints/run/last.pt"),
                           {**before, "args": {**before["args"], "epochs": 2}})
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--save_every", "0"], capsys)
-    assert status == 1 and "not finite" in error and "Still good: checkpoints/run/last.pt" in error
-    assert utils.is_whole(Path("checkpoints/run/last.pt"))
+    assert status == 1 and "not finite" in error and "checkpoints/run/last.pt" in error
+    assert train.is_whole(Path("checkpoints/run/last.pt"))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -110,7 +111,7 @@ def locked(folder):
     """Keep other processes from training into a folder. The system drops the lock when the process ends,
     however it ends, so nothing has to be cleaned up. Raises UserError where another process holds it.
     """
-    with open(folder / "lock", "a+") as file:
+    with open(folder / "lock", "a+b", buffering=0) as file:
         try:
             if os.name == "nt":
                 import msvcrt
@@ -119,14 +120,27 @@ def locked(folder):
             else:
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(f"{folder} is being trained by {file.read().strip() or 'another process'}; wait "
-                            "for it, or take another --log_dir")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        except OSError as error:
+            if os.name == "nt" or isinstance(error, BlockingIOError):
+                file.seek(0)
+                raise UserError(f"{folder} is being trained by "
+                                f"{file.read(200).decode().strip() or 'another process'}"
+                                "; wait for it, or take another --log_dir")
+            print(f"{folder} cannot be locked ({error.strerror}): see to it that no other process trains "
+                  "into it",
+                  file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk must not keep a run from going on
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
+
+
+def say(text):
+    """Print at once. A reader that has gone, such as `| head`, must not end a training run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def call(main):
@@ -358,6 +372,7 @@ def load_checkpoint(path):
         name, version = state["format"].rsplit(" ", 1)
         version = int(version)
         assert name == FORMAT and isinstance(state["model"], dict) and isinstance(state["data"], dict)
+        assert all(value.layout == torch.strided and not value.is_quantized for value in tensors(state))
         run_name(state["args"]["log_dir"])  # a file from elsewhere must not choose where we write
     except Exception:
         raise UserError(f"{path} is not a checkpoint of this project")
@@ -365,17 +380,9 @@ def load_checkpoint(path):
         raise UserError(f"{path} was written by a newer version of this project (format {version}; this one "
                         f"reads {VERSION})")
     for part in ("model", "optimizer"):
-        if not all(value.isfinite().all() for value in tensors(state.get(part))):
+        if not all_finite(state.get(part)):
             raise UserError(f"{path} is damaged: a number in its {part} is not finite")
     return state
-
-
-def is_whole(path):
-    """Whether a checkpoint is there and verifies."""
-    try:
-        return path.is_file() and bool(load_checkpoint(path))
-    except (UserError, OSError):
-        return False
 
 
 def tensors(tree):
@@ -385,6 +392,10 @@ def tensors(tree):
     elif isinstance(tree, (dict, list, tuple)):
         for part in tree.values() if isinstance(tree, dict) else tree:
             yield from tensors(part)
+
+
+def all_finite(tree):
+    return all(bool(value.isfinite().all()) for value in tensors(tree))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -411,6 +422,8 @@ class RunLog:
 
     def __init__(self, folder, history):
         self.folder, self.drawn, self.failed, self.writer = folder, time.monotonic(), False, None
+        # TensorBoard's writer
+        threading.excepthook = lambda raised: self.attempt(self.fail, raised.exc_value)
         self.attempt(self.open, len(history))
         # a resumed run may have one row too many
         self.attempt(write_csv, folder / "metrics.csv", COLUMNS, history)
@@ -423,6 +436,9 @@ class RunLog:
                 print(f"{self.folder}: a picture or log cannot be written ({one_line(error)}); the training "
                       "goes on, and this is said once", file=sys.stderr, flush=True)
             self.failed = True
+
+    def fail(self, error):
+        raise error
 
     def open(self, epochs):
         from torch.utils.tensorboard import SummaryWriter
@@ -450,7 +466,7 @@ class RunLog:
 
     def close(self, history):
         self.attempt(draw_curves, history, self.folder / "curves.png")
-        self.attempt(self.writer.close)
+        self.attempt(lambda: self.writer.close())
 
 
 def draw_curves(history, path):
