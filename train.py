@@ -235,8 +235,8 @@ def test_epoch(model, split, args, purpose, tick):
 def weighted(terms, n):
     """A batch's means as sums over its n images, on the device: a number fetched each step would stall a GPU.
     """
-    sums = n * torch.stack([term.detach() for term in terms if term is not None])
-    return sums if sums.device.type == "mps" else sums.double()  # MPS has no float64
+    values = torch.stack([term.detach() for term in terms if term is not None])
+    return n * (values if values.device.type == "mps" else values.double())  # MPS has no float64
 
 
 def means(sums, n):
