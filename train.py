@@ -108,8 +108,8 @@ def parse_args(argv=None):
         return resume_args(parser, defaults, given)
     args = Namespace(**{**defaults, **given})
     if args.dataset not in DATASETS and not (args.dataset and Path(args.dataset).is_dir()):
-        parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} nor a "
-                     "folder")
+        parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} "
+                     "nor a folder")
     if args.dataset not in DATASETS:
         for name in ("results_dir", "checkpoint_dir", "data_dir"):
             if Path(vars(args)[name]).resolve().is_relative_to(Path(args.dataset).resolve()):
@@ -145,8 +145,7 @@ def resume_args(parser, defaults, given):
     others = [other.as_posix() for other in sorted(path.parent.glob("*.pt")) if other != path]
     if not path.is_file():
         parser.error(f"argument --resume: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
-                     "only a "
-                     f"file such as {' or '.join(others) or 'checkpoints/NAME/last.pt'}")
+                     f"only a file such as {' or '.join(others) or 'checkpoints/NAME/last.pt'}")
     for name in given:
         if name not in ("data_dir", "save_every", "progress_bar", "device", "epochs"):
             parser.error(f"argument --{name}: not beside --resume, which keeps the run's own; only "
@@ -172,8 +171,7 @@ def resume_args(parser, defaults, given):
     if args.device != began["device"]:
         print(f"--device {args.device}: the run began on {began['device']}, so it will not end with the same "
               "last bit as without the change", file=sys.stderr)
-    # The run is where its file is, under the name that its folder has there, if it was moved, copied or
-    # renamed.
+    # Moved, copied or renamed, the run is where its file is, under the name that its folder has there.
     folder, name = path.resolve().parent, Path(args.log_dir).parts
     if folder.parts[-len(name):] != name:
         name = folder.parts[-2:] if args.seeds else folder.parts[-1:]
@@ -181,7 +179,6 @@ def resume_args(parser, defaults, given):
     root = folder.parents[len(name) - 1]
     if root != Path(args.checkpoint_dir).resolve():
         args.checkpoint_dir = str(root)
-    torch.set_num_threads(resumed["threads"])  # another number would round sums in another order
     return args, resumed
 
 
@@ -255,6 +252,9 @@ def run(args, data, resumed, signals):
     resumed: the checkpoint from which to go on, as `verified` gives it; None starts anew
     """
     check(args, data, resumed)
+    if resumed:
+        torch.set_num_threads(resumed["threads"])  # another number would add up in another order
+    torch.backends.cudnn.deterministic = True  # else the same step may end in another last bit
     torch.manual_seed(stream_seed(args.seed, "weights"))
     model, optimizer = build_both(args, data.about())
     state = {"epoch": 0, "step": 0, "sums": torch.zeros(()), "best": math.inf, "history": [], "elapsed": 0.0}

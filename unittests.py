@@ -894,8 +894,11 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
     with monkeypatch.context() as patch:
         stop_at(patch, 20)
         assert outcome(train.main, argv("cut"), capsys)[0] == 143
-    shutil.rmtree("checkpoints/cut/seed_4")  # as if it had been killed before its first save
+    Path("results/cut/seed_6").mkdir()  # as if this one had been killed before its first save
+    Path("results/cut/seed_6/metrics.csv").touch()
+    before = Path("checkpoints/cut/seed_4/last.pt").stat()
     train.main(["--resume", "checkpoints/cut/seed_5/last.pt"])
+    assert Path("checkpoints/cut/seed_4/last.pt").stat() == before  # what was trained was not trained again
     assert Path("results/cut/seeds.csv").read_text() == Path("results/whole/seeds.csv").read_text()
 
 
@@ -932,6 +935,19 @@ def test_a_lost_best_checkpoint_is_said_and_never_made_up(folder, workplace, cap
     assert json.loads(Path("results/run/test.json").read_text())["epoch"] == 3
 
 
+def test_stopped_in_the_final_test_keeps_the_last_weights(folder, workplace, monkeypatch, capsys):
+    """The model then holds the best epoch's weights, which must not become those of last.pt."""
+    run_epoch, ranks = train.run_epoch, iter([1.0, 3.0])
+    monkeypatch.setattr(train, "run_epoch", lambda *args: {**run_epoch(*args), "val_loss": next(ranks)})
+    stop_at(monkeypatch, 2 * 12 + 1)
+    status, _ = outcome(train.main, ["--dataset", folder, "--model", "mlp", "--hidden_dims", "8", "--epochs",
+                                     "2",
+                                     "--batch_size", "32", "--save_every", "0", "--log_dir", "run"], capsys)
+    last, best = (utils.load_checkpoint(Path(f"checkpoints/run/{name}.pt")) for name in ("last", "best"))
+    assert status == 143 and (last["epoch"], best["epoch"]) == (2, 1) and not same(last["model"],
+                                                                                   best["model"])
+
+
 def test_killed_between_the_two_checkpoints_keeps_the_best(folder, workplace, monkeypatch):
     fit(folder, epochs=2)
     os.rename("results/run", "results/whole"), os.rename("checkpoints/run", "checkpoints/whole")
@@ -965,6 +981,29 @@ def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
     fit(folder, "--beta_mode=linear")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
     assert status == 2 and "--beta_mode" in error
+
+
+def test_a_run_that_appeared_in_the_meantime_is_not_replaced(folder, workplace, monkeypatch, capsys):
+    load = train.load
+
+    def meanwhile(*args, **options):
+        Path("results/run").mkdir(parents=True)
+        Path("results/run/metrics.csv").write_text("another's")
+        return load(*args, **options)
+    monkeypatch.setattr(train, "load", meanwhile)
+    status, error = outcome(train.main, ["--dataset", folder, "--log_dir", "run"], capsys)
+    assert status == 1 and "holds a run already" in error
+    assert Path("results/run/metrics.csv").read_text() == "another's" and not Path("checkpoints").exists()
+
+
+def test_moments_that_do_not_fit_are_reported(trained, workplace, capsys):
+    shutil.copytree(trained, workplace, dirs_exist_ok=True)
+    last = workplace / "checkpoints/run/last.pt"
+    state = utils.load_checkpoint(last)
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, last)
+    status, error = outcome(train.main, ["--resume", last], capsys)
+    assert status == 1 and "size mismatch for exp_avg" in error and "best.pt" in error
 
 
 def test_means_that_are_not_finite_are_found_on_any_device():
