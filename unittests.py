@@ -1041,7 +1041,7 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(tmp_path,
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many threads in both, or sums are rounded differently
     argv = ["--dataset", "glyphs", "--limit", "3000", "--model", "mlp", "--hidden_dims", "128", "--levels",
             "2",
-            "--binarize", "stochastic", "--batch_size", "8", "--epochs", "8", "--save_every", "0.02"]
+            "--binarize", "stochastic", "--batch_size", "8", "--epochs", "12", "--save_every", "0.02"]
     whole = start(*argv, "--log_dir", "whole")
     assert whole.communicate()[1] == ""
     moments, killed, within, words = random.Random(0), 0, 0, [*argv, "--log_dir", "cut"]
