@@ -472,7 +472,7 @@ def draw_epoch(model, data, args, epoch, folder):
 
 OURS = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png",
         "samples*.png", "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png",
-        "last.pt", "best.pt")
+        "last.pt", "best.pt", "*.tmp")
 
 
 def holds_run(folder):
