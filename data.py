@@ -1,8 +1,11 @@
-"""Any dataset → uint8 images [N, C, H, W] and labels, resident on one device → batches of integer levels."""
+"""Any dataset → uint8 images [N, C, H, W] and labels, on one device or mapped from disk → batches of integer
+levels.
+"""
 
 import contextlib
 import hashlib
 import io
+import math
 import os
 import shutil
 import socket
@@ -11,7 +14,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,28 +35,44 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 
 @dataclass
 class Split:
-    """images: uint8 [N, C, H, W], integer levels; labels: int64 [N].
+    """Some of the images of a dataset, which all its splits share.
 
-    Where `stochastic`, the images are intensities 0 … 255 and become levels 0 and 1 anew each time they are
-    seen.
+    stored: uint8 [M, C, H, W], intensities 0 … 255, in memory or mapped into it; rows: int64 [N], which of
+    them these are; labels: int64 [N]. As a batch is taken, intensities become 2, 16 or 256 levels; where
+    `stochastic`, levels 0 and 1, drawn anew each time an image is seen.
     """
-    images: torch.Tensor
+    stored: torch.Tensor
+    rows: torch.Tensor
     labels: torch.Tensor
+    levels: int
     stochastic: bool = False
 
     def __len__(self):
-        return len(self.images)
+        return len(self.rows)
 
-    def batch(self, index, *key):
+    def batch(self, index, *key, part=slice(None)):
         """The images at `index` as integer levels, and their labels.
 
         key: the stream of random numbers (see utils.stream) for stochastic binarisation; unused without it
+        part: which of the batch this process takes; random numbers are drawn for the whole of it
         """
-        index = index.to(self.images.device)
-        images = self.images[index]
+        mine = index[part].to(self.rows.device)
+        rows = self.rows[mine]
+        images = self.stored[rows.to(self.stored.device)].to(rows.device, non_blocking=True)
         if self.stochastic:
-            images = binarize(images, stream(*key, device=images.device))
-        return images, self.labels[index]
+            words = words16((len(index), *images.shape[1:]), stream(*key, device=rows.device))
+            images = binarize(images, words[part].to(rows.device))
+        else:
+            images = quantize(images, self.levels)
+        return images, self.labels[mine]
+
+    def to(self, device):
+        """The same on a device. Images that would fill more than half of its free memory stay where they are.
+        """
+        device = torch.device(device)
+        fits = device.type != "cuda" or self.stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        return replace(self, stored=self.stored.to(device) if fits else self.stored,
+                       rows=self.rows.to(device), labels=self.labels.to(device))
 
 
 @dataclass
@@ -64,7 +83,7 @@ class Data:
     shape: tuple    # (C, H, W)
     levels: int     # a pixel is an integer from 0 to levels - 1
     classes: list   # names, in the order of the labels; empty where the data has no classes
-    crc32: int      # of the training images and labels
+    crc32: int      # of the images and labels as they are stored
 
     def about(self):
         """What a checkpoint says of the data."""
@@ -74,7 +93,7 @@ class Data:
 
 def load(dataset, data_dir="data", image_size=None, levels=256, binarize="threshold", transform="none",
          limit=None, device="cpu", download=True, progress_bar=False):
-    """Read a dataset whole.
+    """Read a dataset. What is large is mapped into memory rather than read.
 
     dataset: one of DATASETS, or the path of a folder of images
     image_size: (H, W) to which images are resized and centre-cropped; None keeps their own size
@@ -84,43 +103,49 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     → Data; raises UserError where it cannot be read
     """
     data_dir = Path(data_dir)
-    if dataset == "glyphs":
-        parts = cached(data_dir, "glyphs-1", 4, make_glyphs)
-        train, test, classes = parts[:2], parts[2:], [str(digit) for digit in range(10)]
-    elif dataset in NAMED:
-        train, test, classes = read_named(dataset, data_dir, download)
+    if dataset in DATASETS:
+        if dataset == "glyphs":
+            arrays = cached(data_dir, "glyphs-1", 4, save_glyphs)
+            train, test, classes = arrays[:2], arrays[2:], [str(digit) for digit in range(10)]
+        else:
+            train, test, classes = read_named(dataset, data_dir, download)
+        if image_size:
+            train, test = ((resize(images, image_size), labels) for images, labels in (train, test))
+        if transform != "none":
+            train, test = ((grey(images, transform), labels) for images, labels in (train, test))
+        crc32 = 0
+        for array in (*train, *test):
+            crc32 = zlib.crc32(array, crc32)
     else:
-        train, test, classes = read_folder(Path(dataset), data_dir, image_size, progress_bar)
-    if dataset in DATASETS and image_size:
-        train, test = ((resize(images, image_size), labels) for images, labels in (train, test))
-
-    train, test = (Split(grey(torch.from_numpy(images), transform), torch.from_numpy(labels))
-                   for images, labels in (train, test))
+        train, test, classes, crc32 = read_folder(Path(dataset), data_dir, image_size, transform,
+                                                  progress_bar)
+    (images, labels), (test_images, test_labels) = (map(torch.from_numpy, part) for part in (train, test))
     # One permutation for all runs: validation figures of different seeds are about the same images.
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(42))
-    if len(test):
-        held_out = order[len(train) - len(train) // 10:]
+    order, tenth = torch.randperm(len(images), generator=torch.Generator().manual_seed(42)), len(images) // 10
+    if len(test_images):
+        test_rows = torch.arange(len(test_images))
     else:  # a folder without train/ and test/: a tenth each
-        tenth = len(train) // 10
-        test = Split(*train.batch(order[len(train) - tenth:]))
-        held_out = order[len(train) - 2 * tenth:len(train) - tenth]
-        order = order[:len(train) - tenth]
-    val = Split(*train.batch(held_out))
-    train = Split(*train.batch(order[:len(order) - len(held_out)][:limit]))
+        test_images, test_labels = images, labels
+        order, test_rows = order[:len(order) - tenth], order[len(order) - tenth:]
+    order, held_out = order[:len(order) - tenth], order[len(order) - tenth:]
+    train = Split(images, order[:limit], labels[order[:limit]], levels)
+    val = Split(images, held_out, labels[held_out], levels)
+    test = Split(test_images, test_rows, test_labels[test_rows], levels)
     if not (len(train) and len(val) and len(test)):
         raise UserError(f"{dataset}: {len(train)} + {len(val)} + {len(test)} images for training, validation "
                         "and test; each needs at least one, so give it ten or more")
-    for name, split in (("train", train), ("val", val), ("test", test)):
-        split.stochastic = levels == 2 and binarize == "stochastic"
-        if split.stochastic and name != "train":  # one draw, the same for ever
-            split.images, _ = split.batch(torch.arange(len(split)), 42, "binarize", name)
-            split.stochastic = False
-        elif not split.stochastic:
-            split.images = quantize(split.images, levels)
-    crc32 = zlib.crc32(train.labels.numpy(), zlib.crc32(train.images.numpy()))
-    for split in (train, val, test):
-        split.images, split.labels = split.images.to(device), split.labels.to(device)
-    return Data(train, val, test, tuple(train.images.shape[1:]), levels, classes, crc32)
+    if levels == 2 and binarize == "stochastic":
+        train.stochastic = True
+        val, test = fixed_draw(val, "val"), fixed_draw(test, "test")
+    return Data(train.to(device), val.to(device), test.to(device), tuple(images.shape[1:]), levels, classes,
+                crc32)
+
+
+def fixed_draw(split, name):
+    """One stochastic binarisation of a split, the same for ever, in memory."""
+    everything = torch.arange(len(split))
+    levels, labels = replace(split, stochastic=True).batch(everything, 42, "binarize", name)
+    return Split(255 * levels, everything, labels, split.levels)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -128,32 +153,35 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
 
 def quantize(images, levels):
     """uint8 intensities 0 … 255 → levels: as stored (256), the upper 4 bits (16), 1 where x > 0.5 (2)."""
-    return {256: images, 16: images >> 4, 2: (images > 127).byte()}[levels]
+    return images if levels == 256 else images >> {16: 4, 2: 7}[levels]
 
 
-def binarize(images, generator):
+def words16(shape, generator):
+    """Uniform integers from -2¹⁵ to 2¹⁵ - 1, drawn as 64-bit words, four at a time."""
+    count = math.prod(shape)
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    return words.view(torch.int16)[:count].view(shape)
+
+
+def binarize(images, words):
     """uint8 intensities 0 … 255 → 0 or 1, drawn with probability x / 255 (Salakhutdinov & Murray 2008).
 
-    A 16-bit uniform word is compared with the probability in units of 2⁻¹⁶, which 257 p + (p >> 7) is to the
-    nearest integer: black never turns white, nor white black. Far cheaper than torch.bernoulli, which runs on
-    one core.
+    A uniform 16-bit word (see words16) is compared with the probability in units of 2⁻¹⁶, which
+    257 p + (p >> 7) is to the nearest integer: black never turns white, nor white black. Far cheaper than
+    torch.bernoulli, which runs on one core.
     """
-    words = torch.empty(-(-images.numel() // 4), dtype=torch.int64, device=generator.device)
-    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    words = words.view(torch.int16)[:images.numel()].view(images.shape).to(images.device)  # -32768 … 32767
     pixels = images.int()
     return (words < 257 * pixels + (pixels >> 7) - 32768).byte()
 
 
 def grey(images, transform):
-    """uint8 [N, C, H, W] → the same, or its luminance (ITU-R BT.601) in one or three channels."""
-    if transform == "none":
-        return images
+    """uint8 [N, C, H, W] in NumPy → its luminance (ITU-R BT.601) in one channel, or the same in three."""
     if images.shape[1] == 3:
         weights = torch.tensor([0.299, 0.587, 0.114])
         images = torch.cat([torch.einsum("nchw,c->nhw", part.float(), weights).round().byte()[:, None]
-                            for part in images.split(1000)])
-    return images.repeat(1, 3, 1, 1) if transform == "grayscale3" else images
+                            for part in torch.from_numpy(images).split(1000)]).numpy()
+    return images.repeat(3, axis=1) if transform == "grayscale3" else images
 
 
 def fit(image, size):
@@ -168,31 +196,40 @@ def resize(images, size):
     grey = images.shape[1] == 1
     small = np.stack([np.asarray(fit(Image.fromarray(i[0] if grey else i.transpose(1, 2, 0)), size))
                       for i in images])
-    return small[:, None] if grey else small.transpose(0, 3, 1, 2)
+    return small[:, None] if grey else np.ascontiguousarray(small.transpose(0, 3, 1, 2))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The cache of what takes long to make: plain .npy files, read without pickle
+# The cache of what takes long to make: plain .npy files, mapped into memory, read without pickle
 
 def cached(data_dir, key, count, make):
-    """The `count` arrays of `make()`, kept in data_dir/cache/key. A cache that cannot be read is made again.
+    """The `count` arrays that `make(files)` writes as .npy, each into an open file of its own, kept in
+    data_dir/cache/key. A cache that cannot be read is made again; where none can be written, the arrays are
+    held in memory.
     """
     folder = data_dir / "cache" / key
-    try:
-        return [np.load(folder / f"{number}.npy", allow_pickle=False) for number in range(count)]
-    except Exception:  # damaged bytes may raise anything
-        arrays = make()
+
+    def read():  # mapped copy-on-write, since torch wants tensors that could be written
+        return [np.load(folder / f"{number}.npy", mmap_mode="c", allow_pickle=False)
+                for number in range(count)]
+    with contextlib.suppress(Exception):  # damaged bytes may raise anything
+        return read()
     partial = folder.with_name(f"{key}.{os.getpid()}")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        for number, array in enumerate(arrays):
-            np.save(partial / f"{number}.npy", array, allow_pickle=False)
+        with contextlib.ExitStack() as stack:
+            make([stack.enter_context(open(partial / f"{number}.npy", "w+b")) for number in range(count)])
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    except OSError as error:  # no room, or another process was first: the data is here all the same
+        with contextlib.suppress(OSError):  # where another process was first, its arrays are the same
+            os.replace(partial, folder)
+        return read()
+    except OSError as error:
         print(f"{folder}: not cached ({error.strerror})", file=sys.stderr)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return arrays
+    files = [io.BytesIO() for _ in range(count)]
+    make(files)
+    return [np.load(io.BytesIO(file.getbuffer())) for file in files]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -230,9 +267,9 @@ def read_named(dataset, data_dir, download):
 # ------------------------------------------------------------------------------------------------------------
 # A folder of images
 
-def read_folder(root, data_dir, image_size, progress_bar):
-    """→ (train images, labels), (test images, labels), class names; the test part is empty where the folder
-    has no train/ and test/.
+def read_folder(root, data_dir, image_size, transform, progress_bar):
+    """→ (train images, labels), (test images, labels), class names, CRC-32 of all images and labels; the test
+    part is empty where the folder has no train/ and test/.
     """
     if not root.is_dir():
         raise UserError(f"{root} is neither one of {', '.join(DATASETS)} nor a folder of images")
@@ -254,7 +291,7 @@ def read_folder(root, data_dir, image_size, progress_bar):
     if not files:
         raise UserError(f"{printable(root)} holds no images ({' '.join(sorted(SUFFIXES))}), neither flat nor "
                         "in a folder a class")
-    signature = hashlib.sha256(repr([image_size, classes, n_train]).encode())
+    signature = hashlib.sha256(repr([2, image_size, transform, classes, n_train]).encode())
     for path, label in files:  # a file that is new, gone or changed makes another cache
         try:
             status = path.stat()
@@ -263,13 +300,13 @@ def read_folder(root, data_dir, image_size, progress_bar):
         signature.update(f"{os.fspath(path.relative_to(root))!r} {label} {status.st_size} "
                          f"{status.st_mtime_ns}\n".encode())
     key = f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}-{signature.hexdigest()[:16]}"
-    images, labels, first_test, report = cached(
-        data_dir, key, 4, lambda: decode(root, files, n_train, image_size, progress_bar))
+    images, labels, first_test, crc32, report = cached(
+        data_dir, key, 5, lambda out: decode(out, root, files, n_train, image_size, transform, progress_bar))
     sys.stderr.write(report.tobytes().decode())  # each time, not only when they were decoded
     n = int(first_test)
     if n_train < len(files) and n == len(images):
         raise UserError(f"{printable(root)}: none of the image files in test/ can be read")
-    return (images[:n], labels[:n]), (images[n:], labels[n:]), classes
+    return (images[:n], labels[:n]), (images[n:], labels[n:]), classes, int(crc32)
 
 
 def list_images(root):
@@ -298,9 +335,10 @@ def list_images(root):
     return [(path, label) for label, files in enumerate(folders.values()) for path in files], list(folders)
 
 
-def decode(root, files, n_train, image_size, progress_bar):
-    """Decode files [(path, label)] in parallel → images uint8 [N, C, H, W], labels int64 [N], where the test
-    begins, and a report of the files that cannot be read, as bytes.
+def decode(out, root, files, n_train, image_size, transform, progress_bar):
+    """Decode files [(path, label)] in parallel, into five open .npy files: images uint8 [N, C, H, W], labels
+    int64 [N], where the test begins, the CRC-32 of images and labels, and a report of the files that cannot
+    be read, as bytes. A thousand images at a time are in memory.
 
     One channel where every file is grey, three otherwise. Raises UserError where the sizes differ and
     image_size does not say to which size they should go, or where no file can be read.
@@ -314,32 +352,72 @@ def decode(root, files, n_train, image_size, progress_bar):
             raise
         except Exception as error:  # a damaged file may raise anything
             return one_line(error)
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    kept, bad, sizes, channels, start = [], [], Counter(), 1, 0
+    with (warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool,
+          tqdm(total=len(files), desc="decoding", leave=False, disable=not progress_bar) as bar):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        arrays = list(tqdm(pool.map(read, (path for path, _ in files)), "decoding", len(files), leave=False,
-                           disable=not progress_bar))
-    bad = [(path, array) for (path, _), array in zip(files, arrays) if isinstance(array, str)]
-    good = [i for i, array in enumerate(arrays) if not isinstance(array, str)]
+        for first in range(0, len(files), 1000):
+            part = files[first:first + 1000]
+            arrays = list(pool.map(read, (path for path, _ in part)))
+            bad += [(path, array) for (path, _), array in zip(part, arrays) if isinstance(array, str)]
+            good = [i for i, array in enumerate(arrays) if not isinstance(array, str)]
+            sizes.update(arrays[i].shape[:2] for i in good)
+            if len(sizes) > 1:
+                (a, _), (b, _) = sizes.most_common(2)
+                raise UserError(f"{printable(root)}: its images differ in size ({a[1]}x{a[0]} and "
+                                f"{b[1]}x{b[0]}, among others); --image_size {a[0]} {a[1]}, say, brings all "
+                                f"to {a[0]} rows of {a[1]} pixels")
+            if good:
+                size = next(iter(sizes))
+                start = start or write_header(out[0], (len(files), 3, *size))  # as long as the real one
+                block = [arrays[i] for i in good]
+                if transform != "none" or any(image.ndim == 3 for image in block):
+                    block = [image if image.ndim == 3 else image[..., None].repeat(3, 2) for image in block]
+                    block = np.stack(block).transpose(0, 3, 1, 2)
+                else:
+                    block = np.stack(block)[:, None]
+                if transform != "none":
+                    block = grey(block, transform)
+                if kept and block.shape[1] > channels:
+                    widen(out[0], start, len(kept), math.prod(size))
+                channels = max(channels, block.shape[1])
+                out[0].write(block.repeat(channels // block.shape[1], axis=1).tobytes())
+                kept += [first + i for i in good]
+            bar.update(len(part))
     lines = [f"left out: {printable(path)} ({reason})\n" for path, reason in bad[:20]]
     if bad:
         lines.append(f"{printable(root)}: {len(bad)} of {len(files)} files cannot be read and are left out\n")
-    if not good:
+    if not kept:
         raise UserError(f"{printable(root)}: none of its {len(files)} image files can be read, such as "
                         f"{printable(bad[0][0])} ({bad[0][1]})")
-    sizes = Counter(arrays[i].shape[:2] for i in good).most_common(2)
-    if len(sizes) > 1:
-        (a, _), (b, _) = sizes
-        raise UserError(f"{printable(root)}: its images differ in size ({a[1]}x{a[0]} and {b[1]}x{b[0]}, "
-                        f"among others); --image_size {a[0]} {a[1]}, say, brings all to {a[0]} rows of "
-                        f"{a[1]} pixels")
-    channels = 3 if any(arrays[i].ndim == 3 for i in good) else 1
-    images = np.empty((len(good), channels, *sizes[0][0]), np.uint8)
-    for row, i in enumerate(good):
-        images[row] = arrays[i].transpose(2, 0, 1) if arrays[i].ndim == 3 else arrays[i]
-        arrays[i] = None
-    labels = np.array([files[i][1] for i in good], np.int64)
-    return [images, labels, np.array(sum(i < n_train for i in good)),
-            np.frombuffer("".join(lines).encode(), np.uint8)]
+    labels = np.array([files[i][1] for i in kept], np.int64)
+    out[0].seek(start)
+    crc32 = zlib.crc32(labels)
+    while block := out[0].read(1 << 24):
+        crc32 = zlib.crc32(block, crc32)
+    out[0].seek(0)
+    write_header(out[0], (len(kept), channels, *size))
+    for file, array in zip(out[1:], (labels, np.array(sum(i < n_train for i in kept)), np.array(crc32),
+                                     np.frombuffer("".join(lines).encode(), np.uint8))):
+        np.save(file, array, allow_pickle=False)
+
+
+def write_header(file, shape):
+    """The head of a .npy file of uint8, as long for any number of images; → its length in bytes."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.tell()
+
+
+def widen(file, start, n, size):
+    """Turn n grey images of `size` bytes, from `start` on, into three channels; from the last to the first,
+    so that none is overwritten before it is read.
+    """
+    for first in reversed(range(0, n, 1000)):
+        file.seek(start + first * size)
+        block = np.frombuffer(file.read(min(1000, n - first) * size), np.uint8).reshape(-1, 1, size)
+        file.seek(start + 3 * first * size)
+        file.write(block.repeat(3, axis=1).tobytes())
+    file.seek(start + 3 * n * size)
 
 
 def to_array(path, image_size):
@@ -375,6 +453,11 @@ def printable(path):
 TYPEFACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
              "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
              "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10", "cmb10")
+
+
+def save_glyphs(files):
+    for file, array in zip(files, make_glyphs()):
+        np.save(file, array, allow_pickle=False)
 
 
 def make_glyphs(seed=42, train=60_000, test=10_000):

@@ -104,6 +104,13 @@ class CNNDecoder(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Models
 
+def exact(network, x):
+    """network(x) in x's own precision. Under autocast the network computes in bf16; what follows it, the
+    likelihoods and the KL, does not.
+    """
+    return network(x).to(x.dtype)
+
+
 class AE(nn.Module):
     """An autoencoder. With it, the likelihood of an image given z, which the other models share.
 
@@ -143,7 +150,7 @@ class AE(nn.Module):
 
     def encode(self, images, labels=None):
         """Integer levels [B, C, H, W] → z [B, D]."""
-        return self.encoder(self.normalize(images))
+        return exact(self.encoder, self.normalize(images))
 
     embed = encode  # the one z that stands for an image
 
@@ -151,7 +158,7 @@ class AE(nn.Module):
 
     def decode(self, z, labels=None):
         """z [B, D] → the likelihood's parameters [B, K·C, H, W], K-major."""
-        return self.decoder(z)
+        return exact(self.decoder, z)
 
     def reconstruction_loss(self, params, images):
         """-log p(x|z) of each image in nats (for mse the squared error on the scale [-1, 1]), summed over
@@ -219,18 +226,26 @@ class AE(nn.Module):
         return self.prior_mean + noise @ self.prior_scale.T
 
     @torch.no_grad()
-    def fit_prior(self, batches):
+    def fit_prior(self, batches, total=lambda sums: sums):
         """Fit a Gaussian to the z of images, so that an AE can be sampled from; batches of integer levels.
 
+        total: adds up a tensor over processes, each of which has its own batches
         Raises FloatingPointError where a z is not finite.
         """
-        codes = torch.cat([self.embed(images).cpu().double() for images in batches])
-        if not codes.isfinite().all():
+        sums = torch.zeros(self.latent_size + 1, self.latent_size + 1, dtype=torch.float64)
+        for images in batches:  # the second moments of (z, 1): those of z, its sum and the number of images
+            z = F.pad(self.embed(images), (0, 1), value=1.0)
+            z = (z.cpu() if z.device.type == "mps" else z).double()
+            sums = sums.to(z.device) + z.T @ z
+        sums = total(sums)
+        if not sums.isfinite().all():
             raise FloatingPointError
-        covariance = codes.T.cov(correction=0).reshape(self.latent_size, self.latent_size)
+        moments = sums / sums[-1, -1]
+        mean = moments[-1, :-1]
+        covariance = moments[:-1, :-1] - mean.outer(mean)
         ridge = 1e-6 * covariance.diagonal().mean() + 1e-12  # unused dimensions have no variance
-        self.prior_mean.copy_(codes.mean(0))
-        self.prior_scale.copy_(torch.linalg.cholesky(covariance + ridge * torch.eye(self.latent_size)))
+        self.prior_mean.copy_(mean)
+        self.prior_scale.copy_(torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean)).to(mean)))
 
     @torch.no_grad()
     def sample(self, n, labels=None, temperature=1.0, generator=None):
@@ -271,7 +286,7 @@ class VAE(AE):
 
     def encode(self, images, labels=None):
         """Integer levels [B, C, H, W] → mean, log_std of q(z|x), each [B, D]."""
-        mean, log_std = self.encoder(self.encoder_input(images, labels)).chunk(2, dim=1)
+        mean, log_std = exact(self.encoder, self.encoder_input(images, labels)).chunk(2, dim=1)
         # exp(2 log_std) is infinite in float32 from 44.4 on; no posterior that is of use comes near ±20.
         return mean, log_std.clamp(-20, 20)
 
@@ -313,7 +328,7 @@ class ConditionalVAE(VAE):
         return torch.cat([self.normalize(images), planes], dim=1)
 
     def decode(self, z, labels=None):
-        return self.decoder(torch.cat([z, F.one_hot(labels, self.num_classes).to(z)], dim=1))
+        return exact(self.decoder, torch.cat([z, F.one_hot(labels, self.num_classes).to(z)], dim=1))
 
 
 def build(args, data):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import math
 import re
 import shlex
@@ -10,17 +11,21 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DATASETS, load
 from model import DEFAULT_LOSS, build
-from utils import (ArgumentParser, RunLog, Signals, UserError, active_units, all_finite, beta_schedule, call,
-                   default_device, device_type, interleave, load_checkpoint, locked, normal, number, one_line,
-                   run_name, save_checkpoint, save_grid, say, stream, stream_seed, write_csv, write_json)
+from utils import (LOCAL_RANK, RANK, WORLD, ArgumentParser, RunLog, Signals, UserError, active_units,
+                   all_finite,
+                   beta_schedule, call, default_device, default_precision, device_type, interleave,
+                   load_checkpoint, locked, normal, number, one_line, processes, run_name, save_checkpoint,
+                   save_grid, say, share, shared, stream, stream_seed, total, write_csv, write_json)
 
 WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
 
@@ -93,6 +98,10 @@ def parse_args(argv=None):
     run.add_argument("--seeds", type=number(int, 0), nargs="+", metavar="N",
                      help="a run for each seed, then mean ± standard deviation (default: --seed alone)")
     run.add_argument("--device", type=device_type, default=default_device(), help=default)
+    run.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                     help="of the networks in training; auto is bf16 where the hardware multiplies in it "
+                          "(default: auto)")
+    run.add_argument("--compile", action="store_true", help="through torch.compile (default: not)")
     run.add_argument("--progress_bar", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
                      help="(default: on a terminal only)")
     run.add_argument("--resume", type=Path, metavar="FILE",
@@ -131,6 +140,8 @@ def parse_args(argv=None):
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error(f"argument --seeds: {' '.join(map(str, args.seeds))} names a seed twice")
     args.recon_loss = args.recon_loss or DEFAULT_LOSS[args.levels]
+    if args.precision == "auto":  # once, so that a run goes on as it began
+        args.precision = default_precision(args.device)
     if args.log_dir and not args.overwrite:
         for name in [args.log_dir, *(f"{args.log_dir}/seed_{seed}" for seed in args.seeds or ())]:
             for folder in (Path(args.results_dir) / name, Path(args.checkpoint_dir) / name):
@@ -156,7 +167,7 @@ def resume_args(parser, defaults, given):
         others = [other for other in others if is_whole(Path(other))]
         raise UserError(f"{error}; " + (f"whole, and good for --resume: {', '.join(others)}" if others else
                                         f"nothing else in {path.parent} can be resumed"))
-    began = {**defaults, **resumed["args"], "resume": None, "overwrite": False,
+    began = {**defaults, "precision": "fp32", **resumed["args"], "resume": None, "overwrite": False,
              "progress_bar": defaults["progress_bar"]}
     args, before = Namespace(**{**began, **given}), began["epochs"]
     if args.epochs < before or (args.epochs > before and args.beta_mode != "constant"):
@@ -171,6 +182,9 @@ def resume_args(parser, defaults, given):
     if args.device != began["device"]:
         print(f"--device {args.device}: the run began on {began['device']}, so it will not end with the same "
               "last bit as without the change", file=sys.stderr)
+    if resumed["processes"] != WORLD:
+        print(f"the run began with {resumed['processes']} processes, not {WORLD}, so it will not end with "
+              "the same last bit as without the change", file=sys.stderr)
     # Moved, copied or renamed, the run is where its file is, under the name that its folder has there.
     folder, name = path.resolve().parent, Path(args.log_dir).parts
     if folder.parts[-len(name):] != name:
@@ -190,43 +204,57 @@ def train_epoch(model, data, optimizer, args, state, beta, tick):
     AE.forward).
 
     Counts steps in state["step"] and adds up the means' sums in state["sums"], so that it can stop after any
-    step (where `tick` raises or the process dies) and go on from the same one.
+    step (where `tick` raises or the process dies) and go on from the same one. Of many processes each takes
+    its part of every batch.
     """
     model.train()
+    device = torch.device(args.device)
+    multiply_in_tf32(True)
     order = torch.randperm(len(data.train), generator=stream(args.seed, "order", state["epoch"]))
-    order = order.split(args.batch_size)
+    order = order.to(device).split(args.batch_size)
     done = state["step"] - state["epoch"] * len(order)
     for index in tqdm(order[done:], f"epoch {state['epoch'] + 1}", len(order), initial=done, leave=False,
                       disable=not args.progress_bar):
-        images, labels = data.train.batch(index, args.seed, "binarize", state["step"])
-        noise = normal((len(images), args.latent_size), images.device, args.seed, "noise", state["step"])
-        terms = model(images, labels, noise)
-        loss = terms[0] + beta * terms[1]
+        part, count = share(len(index))
+        images, labels = data.train.batch(index, args.seed, "binarize", state["step"], part=part)
+        noise = normal((len(index), args.latent_size), device, args.seed, "noise", state["step"])[part]
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            terms = model(images, labels, noise)
+        # DDP takes the mean over processes; with this weight each image counts once.
+        loss = (terms[0] + beta * terms[1]) * (count * WORLD / len(index))
         # elsewhere a look at each step would stall the device
-        if loss.device.type == "cpu" and not loss.isfinite():
+        if device.type == "cpu" and not loss.isfinite():
             raise FloatingPointError
         optimizer.zero_grad()
         loss.backward()
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-        state["sums"] = state["sums"] + weighted(terms, len(images))
+        state["sums"] = state["sums"] + weighted(terms, count)
         state["step"] += 1
         tick()
-    return means(state["sums"], len(data.train))
+    return means(total(state["sums"]), len(data.train))
 
 
 @torch.no_grad()
 def test_epoch(model, split, args, purpose, tick):
     """One pass over a split, with the same noise each time → its mean rec, kl, bpd."""
     model.eval()
+    multiply_in_tf32(False)
     sums = 0
-    for step, index in enumerate(torch.arange(len(split)).split(args.batch_size)):
-        images, labels = split.batch(index)
-        noise = normal((len(images), args.latent_size), images.device, args.seed, purpose, step)
-        sums = sums + weighted(model(images, labels, noise), len(images))
+    for step, index in enumerate(torch.arange(len(split), device=args.device).split(args.batch_size)):
+        part, count = share(len(index))
+        images, labels = split.batch(index, part=part)
+        noise = normal((len(index), args.latent_size), images.device, args.seed, purpose, step)[part]
+        sums = sums + weighted(model(images, labels, noise), count)
         tick()
-    return means(sums, len(split))
+    return means(total(sums), len(split))
+
+
+def multiply_in_tf32(yes):
+    """Whether CUDA may round the factors of fp32 products to 10 bits: in training, never in evaluation."""
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = \
+        "tf32" if yes else "ieee"
 
 
 def weighted(terms, n):
@@ -252,7 +280,7 @@ def run(args, data, resumed, signals):
     resumed: the checkpoint from which to go on, as `verified` gives it; None starts anew
     """
     check(args, data, resumed)
-    if resumed:
+    if resumed and resumed["processes"] == WORLD:
         torch.set_num_threads(resumed["threads"])  # another number would add up in another order
     torch.backends.cudnn.deterministic = True  # else the same step may end in another last bit
     torch.manual_seed(stream_seed(args.seed, "weights"))
@@ -261,54 +289,71 @@ def run(args, data, resumed, signals):
     if resumed:
         restore(model, optimizer, resumed)
         state = {name: resumed[name] for name in state}
+        if len(state["sums"]) == WORLD:
+            state["sums"] = state["sums"][RANK]
+        else:
+            state["sums"] = state["sums"].sum(0) * (RANK == 0)
     state["sums"] = state["sums"].to(args.device)
     beta_of = beta_schedule(args.beta_mode, args.target_beta_val, args.epochs)
     beta = beta_of(state["epoch"])
+    trained = prepared(model, data, args)
     with claimed(args, resumed) as (results, checkpoints):
         say(f"{args.log_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{'x'.join(map(str, data.shape))} pixels of {data.levels} levels, "
-            f"{' + '.join(f'{n:,}' for n in data.about()['images'])} images, {args.device}"
+            f"{' + '.join(f'{n:,}' for n in data.about()['images'])} images, {args.device}, {args.precision}"
+            + (f", {WORLD} processes" if WORLD > 1 else "")
             + (f"; goes on after step {state['step']:,}" if resumed else ""))
-        if state["history"] and not is_whole(checkpoints / "best.pt"):
+        if state["history"] and not shared(lambda: is_whole(checkpoints / "best.pt")):
             if state["epoch"] == args.epochs:
                 raise UserError(f"{checkpoints / 'best.pt'} is missing or damaged, and with it the best "
-                                "epoch of a "
-                                f"run that is over; --epochs {args.epochs + 1} goes on from "
+                                "epoch of "
+                                f"a run that is over; --epochs {args.epochs + 1} goes on from "
                                 f"{checkpoints / 'last.pt'}")
-            print(f"{checkpoints / 'best.pt'} is missing or damaged: the best epoch is looked for anew from "
-                  "here",
-                  file=sys.stderr)
+            if RANK == 0:
+                print(f"{checkpoints / 'best.pt'} is missing or damaged: the best epoch is looked for anew "
+                      "from here", file=sys.stderr)
             state["best"] = math.inf
-        log, saved = RunLog(results, state["history"]), time.monotonic()
+        log, saved, ticks = RunLog(results, state["history"]), time.monotonic(), 0
         start = saved - state["elapsed"]
 
         def save(*names):
             nonlocal saved
+            sums = torch.zeros(WORLD, *state["sums"].shape).to(state["sums"])
+            sums[RANK] = state["sums"]
             content = {"args": vars(args), "data": data.about(), "threads": torch.get_num_threads(),
-                       "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                       **state, "elapsed": time.monotonic() - start}
-            if not all_finite([content["model"], content["optimizer"], state["sums"]]):
+                       "processes": WORLD, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                       **state, "sums": total(sums), "elapsed": time.monotonic() - start}
+            if not all_finite([content["model"], content["optimizer"], content["sums"]]):
                 raise FloatingPointError
-            for name in names:
+            for name in names if RANK == 0 else ():
                 save_checkpoint(checkpoints / name, content)
             saved = time.monotonic()
 
         def tick():
-            """After each step: save when it is time to, and leave when a signal asks for it."""
-            if state["epoch"] < args.epochs and (signals.received
-                                                 or time.monotonic() - saved >= args.save_every):
+            """After each step: save when it is time to, and leave when a signal asks for it. Many processes
+            agree on both, which takes time, every 16 steps.
+            """
+            nonlocal ticks
+            ticks += 1
+            if WORLD > 1 and ticks % 16:
+                return
+            unfinished = state["epoch"] < args.epochs
+            flags = torch.tensor([signals.received, unfinished
+                                  and time.monotonic() - saved >= args.save_every])
+            received, due = total(flags, torch.distributed.ReduceOp.MAX).tolist()
+            if due or (received and unfinished):
                 save("last.pt")
-            if signals.received:
+            if received:
                 say(f"stopped after step {state['step']:,}; to go on:\n"
                     f"python train.py --resume {shlex.quote((checkpoints / 'last.pt').as_posix())}")
-                sys.exit(128 + signals.received)
+                sys.exit(128 + received)
 
         try:
-            if state["epoch"] < args.epochs:
+            if state["epoch"] < args.epochs and RANK == 0:
                 (results / "test.json").unlink(missing_ok=True)  # of fewer epochs
             while state["epoch"] < args.epochs:
                 beta = beta_of(state["epoch"])
-                row = run_epoch(model, data, optimizer, args, state, beta, tick)
+                row = run_epoch(model, trained, data, optimizer, args, state, beta, tick)
                 row["seconds"], start = round(time.monotonic() - start, 3), time.monotonic()
                 improved = row["val_loss"] < state["best"]
                 state |= {"epoch": row["epoch"], "sums": torch.zeros((), device=args.device),
@@ -318,7 +363,7 @@ def run(args, data, resumed, signals):
                 # again.
                 save(*["best.pt"] * improved, "last.pt")
                 print_epoch(row, args, improved)
-            best = load_checkpoint(checkpoints / "best.pt")
+            best = shared(lambda: load_checkpoint(checkpoints / "best.pt"))
             model.load_state_dict(best["model"])
             test = {"epoch": best["epoch"], **test_figures(model, data, args, tick)}
         except FloatingPointError:
@@ -330,11 +375,46 @@ def run(args, data, resumed, signals):
                             "or beta, or with --grad_clip 1000."
                             + (f" Still good: {', '.join(whole)}" if whole else ""))
         report(test, args)
-        write_json(results / "test.json", test)
+        if RANK == 0:
+            write_json(results / "test.json", test)
         log.close(state["history"])
         say(f"wrote {results} and {checkpoints / 'best.pt'}\n"
             f"draw: python infer.py --ckpt {shlex.quote((checkpoints / 'best.pt').as_posix())}")
         return test
+
+
+def prepared(model, data, args):
+    """The model as it is trained: over many processes, and compiled where that is asked for.
+
+    Its first steps are taken here, on zeros and without an update. There it shows whether a compiler works,
+    and DDP puts its buckets in their final order, so that a resumed run adds up gradients in the same order
+    as one that was never stopped.
+    """
+    def rehearse(model):
+        images = torch.zeros(len(range(0, min(args.batch_size, len(data.train)), WORLD)), *data.shape,
+                             dtype=torch.uint8, device=args.device)
+        for _ in range(2):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                rec, kl, _ = model(images, images.new_zeros(len(images), dtype=torch.long),
+                                   torch.zeros(len(images), args.latent_size, device=args.device))
+            (rec + kl).backward()
+            model.zero_grad()
+        return model
+
+    if WORLD > 1:
+        with warnings.catch_warnings():  # torch 2.13 has a new name for broadcast_buffers that 2.11 lacks
+            warnings.simplefilter("ignore", FutureWarning)
+            model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        rehearse(model)
+    if args.compile:
+        torch.compiler.reset()  # of an earlier seed
+        try:  # dynamic shapes would make a step's code depend on which batches came before
+            return rehearse(torch.compile(model, dynamic=False))
+        except Exception as error:  # a missing compiler may raise anything
+            if RANK == 0:
+                print(f"--compile: no compiler works here ({one_line(error)}); the run goes on without",
+                      file=sys.stderr)
+    return model
 
 
 def check(args, data, resumed):
@@ -376,9 +456,11 @@ def verified(path):
     try:
         restore(*build_both(Namespace(**{**state["args"], "device": "cpu"}), state["data"]), state)
         for name, kind in {"epoch": int, "step": int, "threads": int, "sums": torch.Tensor, "history": list,
-                           "best": float, "elapsed": float}.items():
+                           "best": float, "elapsed": float, "processes": int}.items():
             if not isinstance(state[name], kind):
                 raise TypeError(f"{name} is {state[name]!r}")
+        if len(state["sums"]) != state["processes"]:
+            raise ValueError(f"sums of {len(state['sums'])} processes, not {state['processes']}")
     except Exception as error:  # what somebody else wrote may raise anything
         raise UserError(f"{path} is damaged, or no checkpoint of this project: {one_line(error)}")
     return state
@@ -392,13 +474,16 @@ def is_whole(path):
         return False
 
 
-def run_epoch(model, data, optimizer, args, state, beta, tick):
-    """Train, validate → a row of metrics.csv, but for its seconds."""
-    train = figures(args, train_epoch(model, data, optimizer, args, state, beta, tick))
+def run_epoch(model, trained, data, optimizer, args, state, beta, tick):
+    """Train, validate → a row of metrics.csv, but for its seconds. trained: the model as `prepared` made it
+    """
+    train = figures(args, train_epoch(trained, data, optimizer, args, state, beta, tick))
     val = figures(args, test_epoch(model, data.val, args, "val", tick))
     if args.loss_mode == "ae":
-        model.fit_prior(data.train.batch(index, args.seed, "prior", step)[0] for step, index in
-                        enumerate(torch.arange(len(data.train)).split(args.batch_size)))
+        batches = torch.arange(len(data.train), device=args.device).split(args.batch_size)
+        shares = [share(len(index)) for index in batches]
+        model.fit_prior((data.train.batch(index, args.seed, "prior", step, part=part)[0]
+                         for step, (index, (part, count)) in enumerate(zip(batches, shares)) if count), total)
     return {"epoch": state["epoch"] + 1, "beta": beta if args.loss_mode == "vae" else None, "lr": args.lr,
             **{f"train_{name}": value for name, value in train.items()},
             **{f"val_{name}": value for name, value in val.items()}}
@@ -492,11 +577,13 @@ def claimed(args, resumed):
     """The run's two folders, made and locked, after everything else that could fail → results, checkpoints.
 
     Sets args.log_dir where the user gave no name. Leaves nothing behind where a folder cannot be written or
-    belongs to another process.
+    belongs to another process. Of many processes the first does it for all.
     """
-    if not args.log_dir:
-        args.log_dir = free_name(args)
+    args.log_dir = args.log_dir or shared(lambda: free_name(args))
     folders = [Path(root) / args.log_dir for root in (args.results_dir, args.checkpoint_dir)]
+    if RANK:
+        yield folders
+        return
     made = []
     try:
         try:
@@ -547,8 +634,9 @@ def free_name(args):
 
 def run_seeds(args, data, resumed, signals):
     """A run for each seed in a folder of its own, then mean ± standard deviation of every test figure."""
-    group = Path(args.log_dir).parent.as_posix() if resumed else args.log_dir or free_name(args)
-    if args.overwrite:
+    group = Path(args.log_dir).parent.as_posix() if resumed else \
+        args.log_dir or shared(lambda: free_name(args))
+    if args.overwrite and RANK == 0:
         wipe_group(args, group)
     tests = []
     for seed in args.seeds:
@@ -556,7 +644,7 @@ def run_seeds(args, data, resumed, signals):
         state = resumed
         if resumed and resumed["args"]["seed"] != seed:
             kept = [Path(args.checkpoint_dir, one.log_dir, name) for name in ("last.pt", "best.pt")]
-            state = next((verified(path) for path in kept if is_whole(path)), None)
+            state = shared(lambda: next((verified(path) for path in kept if is_whole(path)), None))
             one.overwrite = state is None  # a seed that was killed before its first save begins anew
         tests.append(run(one, data, state, signals))
     columns = [f"seed_{seed}" for seed in args.seeds]
@@ -568,17 +656,27 @@ def run_seeds(args, data, resumed, signals):
         std = statistics.stdev(values) if len(values) > 1 else None
         rows.append({"figure": name, "mean": statistics.mean(values), "std": std,
                      **dict(zip(columns, values))})
-        print(f"{name:14s} {rows[-1]['mean']:10.4f}" + (f" ± {std:.4f}" if std is not None else ""))
-    write_csv(Path(args.results_dir) / group / "seeds.csv", ["figure", "mean", "std", *columns], rows)
-    print(f"wrote {Path(args.results_dir) / group / 'seeds.csv'}")
+        say(f"{name:14s} {rows[-1]['mean']:10.4f}" + (f" ± {std:.4f}" if std is not None else ""))
+    if RANK == 0:
+        write_csv(Path(args.results_dir) / group / "seeds.csv", ["figure", "mean", "std", *columns], rows)
+    say(f"wrote {Path(args.results_dir) / group / 'seeds.csv'}")
 
 
 def main(argv=None):
-    args, resumed = parse_args(argv)
-    data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform,
-                args.limit, args.device, progress_bar=args.progress_bar)
-    with Signals() as signals:
-        (run_seeds if args.seeds else run)(args, data, resumed, signals)
+    with processes():
+        args, resumed = shared(lambda: parse_args(argv))
+        if RANK:
+            args.progress_bar = False
+        if LOCAL_RANK:
+            # the first process of each machine fills the cache and says what there is to say
+            total(torch.zeros(()))
+        with contextlib.redirect_stderr(io.StringIO()) if LOCAL_RANK else contextlib.nullcontext():
+            data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize,
+                        args.transform, args.limit, args.device, progress_bar=args.progress_bar)
+        if not LOCAL_RANK:
+            total(torch.zeros(()))
+        with Signals() as signals:
+            (run_seeds if args.seeds else run)(args, data, resumed, signals)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ def levels_like(shape, levels, n=5, seed=0):
                          generator=torch.Generator().manual_seed(seed))
 
 
+def pixels(split):
+    """All images of a split, as levels."""
+    return split.batch(torch.arange(len(split)))[0]
+
+
 def zeroed(network):
     for parameter in network.parameters():
         torch.nn.init.zeros_(parameter)
@@ -345,21 +350,24 @@ def test_log_std_stays_where_exp_is_finite():
 
 def test_stochastic_binarisation_keeps_black_and_white_and_is_right_between():
     generator = torch.Generator().manual_seed(0)
+
+    def draw(images):
+        return data.binarize(images, data.words16(images.shape, generator))
     ramp = torch.arange(256, dtype=torch.uint8).expand(20_000, 256).contiguous()
-    frequency = sum(data.binarize(ramp, generator).double().mean(0) for _ in range(5)) / 5
+    frequency = sum(draw(ramp).double().mean(0) for _ in range(5)) / 5
     p = torch.arange(256).double() / 255
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 100_000).sqrt()).all()  # exactly at 0 and 255
     # An end is wrong once in 65,536 draws where the comparison is off by one: look at millions.
-    assert not data.binarize(torch.zeros(4_000_003, dtype=torch.uint8), generator).any()
-    assert data.binarize(torch.full((4_000_003,), 255, dtype=torch.uint8), generator).all()
+    assert not draw(torch.zeros(4_000_003, dtype=torch.uint8)).any()
+    assert draw(torch.full((4_000_003,), 255, dtype=torch.uint8)).all()
 
 
 def test_quantisation():
-    pixels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(data.quantize(pixels, 256), pixels)
-    assert torch.equal(data.quantize(pixels, 2), (pixels.double() / 255 > 0.5).byte())
+    stored = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.quantize(stored, 256), stored)
+    assert torch.equal(data.quantize(stored, 2), (stored.double() / 255 > 0.5).byte())
     # ⌊16 x⌋ with 16 → 15, for x = pixel / 256 (the 8-bit pixel as the lower end of its interval)
-    assert torch.equal(data.quantize(pixels, 16), (16 * pixels.double() / 256).floor().clamp(max=15).byte())
+    assert torch.equal(data.quantize(stored, 16), (16 * stored.double() / 256).floor().clamp(max=15).byte())
 
 
 def test_glyphs(tmp_path):
@@ -367,22 +375,22 @@ def test_glyphs(tmp_path):
     assert [len(s) for s in (first.train, first.val, first.test)] == [54_000, 6_000, 10_000]
     assert first.shape == (1, 28, 28) and first.classes == list("0123456789") and first.levels == 256
     again = data.load("glyphs", tmp_path, levels=2, limit=100)  # from the cache
-    assert torch.equal(again.train.images, (first.train.images[:100] > 127).byte())
+    assert torch.equal(pixels(again.train), (pixels(first.train)[:100] > 127).byte())
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(42))
     images, labels, _, _ = data.make_glyphs()
-    assert torch.equal(first.val.images, torch.from_numpy(images)[order[54_000:]])
+    assert torch.equal(pixels(first.val), torch.from_numpy(images)[order[54_000:]])
     assert torch.equal(first.train.labels, torch.from_numpy(labels)[order[:54_000]])
     assert (torch.bincount(first.train.labels) > 5000).all()
-    means = first.train.images.float().flatten(1)
+    means = pixels(first.train).float().flatten(1)
     centres = torch.stack([means[first.train.labels == digit].mean(0) for digit in range(10)])
-    nearest = torch.cdist(first.test.images.float().flatten(1), centres).argmin(1)
+    nearest = torch.cdist(pixels(first.test).float().flatten(1), centres).argmin(1)
     assert (nearest == first.test.labels).float().mean() > 0.5  # the labels are those of the pictures
 
 
 def test_stochastic_val_and_test_are_one_fixed_draw_and_train_a_fresh_one(folder, tmp_path):
     a, b = (data.load(str(folder), tmp_path, levels=2, binarize="stochastic") for _ in range(2))
-    assert torch.equal(a.val.images, b.val.images) and a.val.images.max() == 1
-    assert torch.equal(a.test.images, b.test.images) and a.test.images.max() == 1
+    assert torch.equal(pixels(a.val), pixels(b.val)) and pixels(a.val).max() == 1
+    assert torch.equal(pixels(a.test), pixels(b.test)) and pixels(a.test).max() == 1
     index = torch.arange(50)
     first, second = (a.train.batch(index, 1, "binarize", step)[0] for step in (1, 2))
     assert first.max() == 1 and not torch.equal(first, second)
@@ -408,7 +416,7 @@ def test_mnist_is_read_split_and_resized(tmp_path):
     assert mnist.classes == list("0123456789") and torch.equal(mnist.test.labels, torch.arange(20) % 10)
     assert len(data.load("mnist", tmp_path, limit=7).train) == 7
     small = data.load("mnist", tmp_path, image_size=(14, 21), transform="grayscale3")
-    assert small.shape == (3, 14, 21) and torch.equal(small.val.images[:, 0], small.val.images[:, 2])
+    assert small.shape == (3, 14, 21) and torch.equal(pixels(small.val)[:, 0], pixels(small.val)[:, 2])
     assert [len(small.train), len(small.val)] == [45, 5]
 
 
@@ -434,7 +442,7 @@ def test_a_folder_of_classes_keeps_its_labels(tmp_path):
     assert read.classes == ["a", "b", "c"] and read.shape == (1, 8, 10)
     assert [len(s) for s in (read.train, read.val, read.test)] == [24, 3, 3]
     found = [(image.numpy().tobytes(), label.item()) for s in (read.train, read.val, read.test)
-             for image, label in zip(s.images, s.labels)]
+             for image, label in zip(pixels(s), s.labels)]
     assert dict(found) == stored and len(found) == 30
 
 
@@ -446,14 +454,14 @@ def test_a_flat_folder_and_one_with_train_and_test(tmp_path):
     flat, two = data.load(str(tmp_path / "flat"), tmp_path), data.load(str(tmp_path / "two"), tmp_path)
     assert flat.classes == [] and flat.shape == (3, 8, 10) and len(flat.test) == 2
     assert [len(s) for s in (two.train, two.val, two.test)] == [18, 2, 1]
-    assert np.array_equal(two.test.images[0, 0].numpy(), test)
+    assert np.array_equal(pixels(two.test)[0, 0].numpy(), test)
 
 
 def test_a_changed_folder_is_noticed(tmp_path):
     for i in range(20):
         picture(tmp_path / "in" / f"{i:02d}.png", seed=i)
     before = data.load(str(tmp_path / "in"), tmp_path)
-    assert torch.equal(before.train.images, data.load(str(tmp_path / "in"), tmp_path).train.images)
+    assert torch.equal(pixels(before.train), pixels(data.load(str(tmp_path / "in"), tmp_path).train))
     picture(tmp_path / "in" / "20.png", seed=20)
     assert sum(len(s) for s in vars(data.load(str(tmp_path / "in"), tmp_path)).values()
                if isinstance(s, data.Split)) == 21
@@ -461,18 +469,18 @@ def test_a_changed_folder_is_noticed(tmp_path):
     os.utime(tmp_path / "in" / "20.png", ns=(1, 1))
     after = data.load(str(tmp_path / "in"), tmp_path)
     assert any(np.array_equal(image[0], changed) for s in (after.train, after.val, after.test)
-               for image in s.images)
+               for image in pixels(s))
 
 
 def test_a_cache_that_is_damaged_is_made_again(tmp_path):
     for i in range(20):
         picture(tmp_path / "in" / f"{i:02d}.png", seed=i)
     (tmp_path / "in" / "20.png").touch()
-    before = data.load(str(tmp_path / "in"), tmp_path)
+    before = pixels(data.load(str(tmp_path / "in"), tmp_path).train)
     for damaged in sorted((tmp_path / "cache").rglob("*.npy")):
         damaged.unlink() if damaged.name == "2.npy" else damaged.write_bytes(
             b"PK\x03\x04" if damaged.name == "0.npy" else damaged.read_bytes()[:100])
-        assert torch.equal(before.train.images, data.load(str(tmp_path / "in"), tmp_path).train.images)
+        assert torch.equal(before, pixels(data.load(str(tmp_path / "in"), tmp_path).train))
 
 
 def test_unreadable_files_are_named_each_time(tmp_path, capsys):
@@ -539,12 +547,35 @@ def test_image_size_covers_and_crops_at_the_centre(tmp_path):
 
 
 def test_transforms(tmp_path):
-    colour = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 10, 10]], dtype=torch.uint8)[:, :,
-                                                                                                    None,
-                                                                                                    None]
+    colour = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 10, 10]], np.uint8)[..., None, None]
     assert data.grey(colour, "grayscale").flatten().tolist() == [76, 150, 29, 10]  # ITU-R BT.601
-    assert data.grey(colour, "grayscale3").shape == (4, 3, 1, 1) and data.grey(colour, "none") is colour
+    assert data.grey(colour, "grayscale3").shape == (4, 3, 1, 1)
     assert data.grey(colour[:, :1], "grayscale3").shape == (4, 3, 1, 1)
+    for i in range(20):
+        picture(tmp_path / "in" / f"{i}.png", mode="RGB", seed=i)
+    read = {transform: pixels(data.load(str(tmp_path / "in"), tmp_path, transform=transform).train)
+            for transform in ("none", "grayscale", "grayscale3")}
+    luminance = torch.from_numpy(data.grey(read["none"].numpy(), "grayscale"))
+    assert torch.equal(read["grayscale"], luminance)
+    assert torch.equal(read["grayscale3"], luminance.expand(-1, 3, -1, -1))
+
+
+def test_the_first_image_in_colour_turns_all_before_it_into_three_channels(tmp_path):
+    stored = {picture(tmp_path / "in" / f"{i:04d}.png", size=(8, 8), seed=i).tobytes() for i in range(2100)}
+    picture(tmp_path / "in" / "last.png", size=(8, 8), mode="RGB")
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    everything = torch.cat([pixels(split) for split in (read.train, read.val, read.test)])
+    grey = [image for image in everything.numpy() if (image == image[:1]).all()]
+    assert everything.shape == (2101, 3, 8, 8) and {image[0].tobytes() for image in grey} == stored
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, capsys):
+    for i in range(20):
+        picture(tmp_path / "in" / f"{i}.png", seed=i)
+    (tmp_path / "file").touch()  # where a folder would have to be
+    a, b = data.load(str(tmp_path / "in"), tmp_path / "file"), data.load(str(tmp_path / "in"), tmp_path)
+    assert "not cached" in capsys.readouterr().err
+    assert torch.equal(pixels(a.train), pixels(b.train)) and a.about() == b.about()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -572,7 +603,7 @@ def test_test_figures_are_those_of_the_best_checkpoint(folder, workplace):
     _, test = fit(folder, "--levels=2")
     net, state = infer.restore(workplace / "checkpoints" / "run" / "best.pt", "cpu")
     split = data.load(str(folder), "data", levels=2).test
-    mean, log_std = net.encode(split.images)
+    mean, log_std = net.encode(pixels(split))
     kl = D.kl_divergence(D.Normal(mean, log_std.exp()), D.Normal(0.0, 1.0)).sum(1).mean()
     assert test["test_kl"] == pytest.approx(kl.item(), rel=1e-5)
     assert test["active_units"] == int((mean.var(0, correction=0) > 0.01).sum())
@@ -591,7 +622,7 @@ def test_the_best_epoch_need_not_be_the_last(folder, workplace, monkeypatch):
     best = utils.load_checkpoint(Path("checkpoints/run/best.pt"))
     assert same(best["model"], weights[1]) and best["epoch"] == test["epoch"] == 2 and best["best"] == 1
     net, _ = infer.restore(Path("checkpoints/run/best.pt"), "cpu")
-    mean, log_std = net.encode(data.load(str(folder), "data", levels=2).test.images)
+    mean, log_std = net.encode(pixels(data.load(str(folder), "data", levels=2).test))
     assert test["test_kl"] == pytest.approx(utils.KLD(mean, log_std).mean().item(), rel=1e-5)
 
 
@@ -851,10 +882,12 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("flags", [
-    "--model=mlp --levels=2 --binarize=stochastic", "--model=cnn --conditional --beta_mode=linear",
-    "--model=cnn --loss_mode=ae", "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 "
-                                  "--weight_decay=0.01",
-    "--model=cnn --levels=16 --binarize=threshold"])
+    "--model=mlp --levels=2 --binarize=stochastic --precision=fp32",
+    "--model=cnn --conditional --beta_mode=linear --precision=bf16",
+    "--model=cnn --loss_mode=ae",
+    "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01 --precision=bf16",
+    "--model=cnn --levels=16 --precision=fp32",
+    "--model=cnn --compile --precision=bf16"])
 def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, workplace, monkeypatch, capsys):
     def argv(name):
         return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--num_filters=2", "--epochs=3",
@@ -1165,6 +1198,173 @@ def test_images_that_would_hurt_are_left_out(tmp_path, capsys):
     read = data.load(str(tmp_path / "classes"), tmp_path)
     assert len(read.train) + len(read.val) + len(read.test) == 13
     json.dumps(read.classes).encode(), "".join(read.classes).encode()  # as text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Precision, compilation, many processes
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_in_bf16_only_the_networks_compute_in_bf16(kind):
+    net = model.VAE((1, 28, 28), 2, kind, 4, hidden_dims=[32], num_filters=2)
+    images, noise, inside = levels_like((1, 28, 28), 2), torch.randn(5, 4), {}
+    for name in ("encoder", "decoder"):
+        layer = getattr(net, name).net[-1] if kind == "mlp" else getattr(net, name).out
+        layer.register_forward_hook(lambda _, inputs, output, name=name: inside.update({name: output}))
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = net(images, None, noise)
+    assert {value.dtype for value in inside.values()} == {torch.bfloat16} and len(inside) == 2
+    assert all(term.dtype == torch.float32 for term in terms)
+    (terms[0] + terms[1]).backward()
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+    # From the networks' outputs on, the loss is that of float64.
+    mean, log_std = inside["encoder"].double().chunk(2, 1)
+    q = D.Normal(mean, log_std.exp())
+    assert terms[1].item() == pytest.approx(D.kl_divergence(q, D.Normal(0.0, 1.0)).sum(1).mean().item(),
+                                            rel=1e-5)
+    logits = inside["decoder"].double()
+    logits = logits.view(images.shape) if kind == "mlp" else torch.nn.functional.pixel_shuffle(logits, 2)
+    rec = -D.Bernoulli(logits=logits).log_prob(images.double()).flatten(1).sum(1).mean()
+    assert terms[0].item() == pytest.approx(rec.item(), rel=1e-6)
+
+
+def test_precision_is_chosen_once_and_reaches_training_alone(folder, workplace, monkeypatch):
+    seen, forward = set(), model.AE.decode
+
+    def watched(self, z, labels=None):
+        seen.add((self.training, torch.is_autocast_enabled("cpu")))
+        return forward(self, z, labels)
+    monkeypatch.setattr(model.AE, "decode", watched)
+    for precision in ("bf16", "fp32"):
+        seen.clear()
+        fit(folder, f"--precision={precision}", epochs=1)
+        assert seen == {(True, precision == "bf16"), (False, False)}
+    for native, chosen in ((True, "bf16"), (False, "fp32")):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda native=native: native)
+        fit(folder, "--device=cpu", epochs=1)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: not native)
+        train.main(["--resume", "checkpoints/run/last.pt", "--epochs=2"])
+        assert utils.load_checkpoint(Path("checkpoints/run/last.pt"))["args"]["precision"] == chosen
+
+
+def test_without_a_compiler_the_run_goes_on(folder, workplace, monkeypatch, capsys):
+    def missing(*args, **options):
+        raise RuntimeError("no C++ compiler")
+    plain = fit(folder)
+    monkeypatch.setattr(torch, "compile", missing)
+    assert fit(folder, "--compile")[1] == plain[1]
+    assert capsys.readouterr().err.count("no C++ compiler") == 1
+
+
+WORKER = """
+import os, signal, sys
+from argparse import Namespace
+import torch
+sys.path.insert(0, {here!r})
+import data, model, train, utils
+
+def gradients(case, n, beta=0.7):
+    # of the one step, in float64, that a pass over n images is
+    torch.manual_seed(0)
+    args = Namespace(seed=3, batch_size=max(n, 2), latent_size=3, device="cpu", precision="fp32", grad_clip=0,
+                     progress_bar=False, compile=False)
+    pixels = torch.randint(256, (n, 1, 9, 11), dtype=torch.uint8)
+    split = data.Split(pixels, torch.arange(n), torch.arange(n) % 2, 2, stochastic=case == "stochastic")
+    kind = dict(ae=model.AE, conditional=model.ConditionalVAE).get(case, model.VAE)
+    net = kind(
+        (1, 9, 11), 2, "mlp" if case == "mlp" else "cnn", 3, hidden_dims=[16], num_filters=2,
+        **dict(num_classes=2) if case == "conditional" else {{}}).double()
+    everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
+    trained = train.prepared(net, everything, args)
+    state = dict(epoch=0, step=0, sums=torch.zeros(()))
+    sgd = torch.optim.SGD(net.parameters(), 0.0)
+    means = train.train_epoch(trained, everything, sgd, args, state, beta, lambda: None)
+    tested = train.test_epoch(net, split, args, "val", lambda: None)
+    return [p.grad.clone() for p in net.parameters()], means, tested
+
+def main():
+    what, rest = sys.argv[1], sys.argv[2:]
+    if what == "gradients":
+        with utils.processes():
+            cases = ("mlp", "cnn", "ae", "conditional", "stochastic")
+            found = {{f"{{case}} {{n}}": gradients(case, n) for case in cases for n in (8, 7, 1)}}
+        if utils.RANK == 0:
+            torch.save(found, rest[0])
+        return
+    weighted, seen = train.weighted, []
+    def interrupted(terms, n):
+        seen.append(n)
+        if what != "run" and utils.RANK == 1 and len(seen) == 25:
+            if what == "fail":
+                raise utils.UserError("this one has failed")
+            os.kill(os.getpid(), dict(stop=signal.SIGTERM, kill=signal.SIGKILL)[what])
+        return weighted(terms, n)
+    train.weighted = interrupted
+    train.main(rest)
+
+if __name__ == "__main__":
+    utils.call(main)
+"""
+
+
+@pytest.fixture
+def torchrun(tmp_path, monkeypatch):
+    """Runs WORKER in n processes of one thread → exit status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "worker.py").write_text(WORKER.format(here=str(HERE)))
+
+    def run(n, *words):
+        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+        done = subprocess.run([sys.executable, *many, "worker.py", *map(str, words)], capture_output=True,
+                              text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return done.returncode, done.stdout, done.stderr
+    return run
+
+
+def test_gradients_of_two_and_three_processes_are_those_of_one(torchrun):
+    one, *others = [torchrun(n, "gradients", f"{n}.pt") and torch.load(f"{n}.pt") for n in (1, 2, 3)]
+    assert len(one) == 15
+    for other in others:
+        for case, (grads, *figures) in one.items():
+            assert sum(grad.abs().sum() for grad in grads) > 1e-3
+            for a, b in zip(grads, other[case][0]):
+                torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+            assert list(other[case][1:]) == [pytest.approx(figure, rel=1e-10) for figure in figures]
+
+
+def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder):
+    def argv(name):
+        return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--model=mlp",
+                "--batch_size=30",
+                "--epochs=4", "--lr=3e-3", f"--log_dir={name}", "--levels=2", "--binarize=stochastic"]
+    for n, name in ((1, "one"), (2, "whole")):
+        status, out, err = torchrun(n, "run", *argv(name))
+        assert status == 0 and out.count("epoch 4/4") == 1, err
+    rows = {}
+    for name in ("one", "whole"):
+        with open(f"results/{name}/metrics.csv") as file:
+            rows[name] = [float(row["val_loss"]) for row in csv.DictReader(file)]
+    assert len(rows["one"]) == 4 and rows["whole"] == pytest.approx(rows["one"], rel=5e-3)
+    status, out, err = torchrun(2, "stop", *argv("cut"))  # only one of them is told to
+    assert status and out.count("stopped after step") == 1, err
+    assert "Error" not in err.split("ChildFailedError")[0].replace("error_file", ""), err
+    shutil.copytree("checkpoints/cut", "checkpoints/alone")
+    assert torchrun(2, "run", "--resume", "checkpoints/cut/last.pt")[0] == 0
+    assert_same_runs(*((Path("results", name), Path("checkpoints", name)) for name in ("whole", "cut")))
+    status, _, err = torchrun(1, "run", "--resume", "checkpoints/alone/last.pt")
+    assert status == 0 and "2 processes, not 1" in err
+    with open("results/alone/metrics.csv") as file:
+        last = [float(row["val_loss"]) for row in csv.DictReader(file)]
+    assert last == pytest.approx(rows["one"], rel=5e-3)
+
+
+def test_a_process_that_fails_ends_the_job_with_its_message(torchrun, folder):
+    argv = [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=100", "--batch_size=32"]
+    status, _, err = torchrun(2, "fail", *argv, "--log_dir=a")
+    assert status and err.count("process 1 of 2: this one has failed") == 1 and "another process" not in err
+    assert torchrun(2, "kill", *argv, "--log_dir=b")[0]
+    status, _, err = torchrun(2, "run", *argv, "--latent_size=0")
+    assert status and err.count("argument --latent_size") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------

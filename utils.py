@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed as dist
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -71,6 +72,16 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def default_precision(device):
+    """bf16 where the hardware multiplies in it (AVX512-BF16, AMX; Ampere or newer), elsewhere fp32."""
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in
+                                         ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if native else "fp32"
+
+
 def run_name(text):
     """An argparse type: the name of a run, a relative path that stays below the two roots."""
     parts = text.split("/")
@@ -87,7 +98,8 @@ def one_line(error):
 
 class Signals:
     """While it is entered, SIGINT and SIGTERM only set `received`, for the training loop to look at; the
-    second one ends the process at once.
+    second one ends the process at once. Each of many processes gets a signal twice, from the terminal and
+    from torchrun, which itself kills those that take too long.
     """
 
     def __enter__(self):
@@ -97,13 +109,15 @@ class Signals:
         return self
 
     def handle(self, number, frame):
-        if self.received:
+        if self.received and WORLD == 1:
             os._exit(128 + number)
         self.received = number
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.received and kind and issubclass(kind, RuntimeError) and WORLD > 1:  # a collective was torn
+            sys.exit(128 + self.received)
 
 
 @contextlib.contextmanager
@@ -136,9 +150,10 @@ def locked(folder):
 
 
 def say(text):
-    """Print at once. A reader that has gone, such as `| head`, must not end a training run."""
+    """Print at once, from one process. A reader that has gone, such as `| head`, must not end a run."""
     try:
-        print(text, flush=True)
+        if RANK == 0:
+            print(text, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
 
@@ -157,15 +172,69 @@ def call(main):
     except torch.OutOfMemoryError as error:
         message = f"{one_line(error)}; a smaller --batch_size, --image_size or model needs less"
     except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+        if "DefaultCPUAllocator" in str(error):
+            message = "out of memory; a smaller --batch_size, --image_size or model needs less"
+        elif WORLD > 1 and re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+            time.sleep(10)  # torchrun will have ended this one by then, after the message of the other
+            message = "another process has ended"
+        else:
             raise
-        message = "out of memory; a smaller --batch_size, --image_size or model needs less"
     except KeyboardInterrupt:
         sys.exit(130)
     else:
         return
+    if RANK:
+        time.sleep(3)  # what ends all processes is said by the first, whose end makes torchrun end the others
+        message = f"process {RANK} of {WORLD}: {message}"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Many processes, as torchrun starts them. One alone is process 0 of 1, for which these functions do nothing.
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launched() else alone
+                           for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+@contextlib.contextmanager
+def processes():
+    """Join the other processes while it is entered. Raises UserError where there are too few GPUs."""
+    if WORLD > 1:
+        if torch.cuda.is_available():
+            if LOCAL_RANK >= torch.cuda.device_count():
+                raise UserError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: this machine has only "
+                                f"{torch.cuda.device_count()} GPUs")
+            torch.cuda.set_device(LOCAL_RANK)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    yield
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+def share(n):
+    """This process's part of a batch of n images, as a slice → the slice, how many images it counts for.
+
+    Where none is left for it, it computes the first one and counts it for nothing, since every process has to
+    take part in a step.
+    """
+    return (slice(RANK, None, WORLD) if RANK < n else slice(0, 1)), len(range(RANK, n, WORLD))
+
+
+def total(values, op=dist.ReduceOp.SUM):
+    """Sums (or what `op` says) over all processes of a tensor that each of them has."""
+    if WORLD > 1:
+        values = values.clone()
+        dist.all_reduce(values, op)
+    return values
+
+
+def shared(make):
+    """What `make()` gives in the first process, in all of them."""
+    values = [make() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -429,6 +498,8 @@ class RunLog:
         self.attempt(write_csv, folder / "metrics.csv", COLUMNS, history)
 
     def attempt(self, write, *args):
+        if RANK:
+            return
         try:
             write(*args)
         except Exception as error:
