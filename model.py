@@ -146,7 +146,7 @@ class AE(nn.Module):
 
     def normalize(self, images):
         """Integer levels → [-1, 1]."""
-        return images.to(next(self.parameters()).dtype) * (2 / (self.levels - 1)) - 1
+        return (images.to(next(self.parameters()).dtype) * (2 / (self.levels - 1))).sub_(1)
 
     def encode(self, images, labels=None):
         """Integer levels [B, C, H, W] → z [B, D]."""
@@ -303,14 +303,15 @@ class VAE(AE):
         mean, log_std = self.encode(images, labels)
         z = sample_reparameterize(mean, log_std.exp(), noise)
         rec = self.reconstruction_loss(self.decode(z, labels), images)  # [B]
-        kl = KLD(mean[..., None], log_std[..., None])                   # [B, D], a row each: KL by dimension
-        if self.free_bits:
+        if not self.free_bits:
+            kl = KLD(mean, log_std)                                     # [B]
+        else:
+            kl = KLD(mean[..., None], log_std[..., None])               # [B, D], a row each: KL by dimension
             # max(kl, free_bits) has the gradient of kl above free_bits and none below; so has this, and its
             # value stays the true KL.
-            kl = torch.where(kl < self.free_bits, kl.detach(), kl)
-        kl = kl.sum(1)
-        bpd = elbo_to_bpd(rec + kl, images.shape).mean() if self.is_likelihood else None
-        return rec.mean(), kl.mean(), bpd
+            kl = torch.where(kl < self.free_bits, kl.detach(), kl).sum(1)
+        rec, kl = rec.mean(), kl.mean()
+        return rec, kl, elbo_to_bpd((rec + kl).detach(), images.shape) if self.is_likelihood else None
 
 
 class ConditionalVAE(VAE):

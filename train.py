@@ -204,33 +204,31 @@ def train_epoch(model, data, optimizer, args, state, beta, tick):
     AE.forward).
 
     Counts steps in state["step"] and adds up the means' sums in state["sums"], so that it can stop after any
-    step (where `tick` raises or the process dies) and go on from the same one. Of many processes each takes
-    its part of every batch.
+    step (where `tick` raises or the process dies) and go on from the same one.
     """
     model.train()
     device = torch.device(args.device)
     multiply_in_tf32(True)
-    order = torch.randperm(len(data.train), generator=stream(args.seed, "order", state["epoch"]))
-    order = order.to(device).split(args.batch_size)
-    done = state["step"] - state["epoch"] * len(order)
-    for index in tqdm(order[done:], f"epoch {state['epoch'] + 1}", len(order), initial=done, leave=False,
-                      disable=not args.progress_bar):
-        part, count = share(len(index))
-        images, labels = data.train.batch(index, args.seed, "binarize", state["step"], part=part)
-        noise = normal((len(index), args.latent_size), device, args.seed, "noise", state["step"])[part]
+    epoch, steps = state["epoch"], -(-len(data.train) // args.batch_size)
+    done = state["step"] - epoch * steps
+    order = torch.randperm(len(data.train), generator=stream(args.seed, "order", epoch))
+    for images, labels, noise, count, n in tqdm(batches(data.train, order, args, "train", epoch, first=done),
+                                                f"epoch {epoch + 1}", steps, initial=done, leave=False,
+                                                disable=not args.progress_bar):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             terms = model(images, labels, noise)
-        # DDP takes the mean over processes; with this weight each image counts once.
-        loss = (terms[0] + beta * terms[1]) * (count * WORLD / len(index))
+        loss = terms[0] + beta * terms[1]
+        if WORLD > 1:  # DDP takes the mean over processes; with this weight each image counts once
+            loss = loss * (count * WORLD / n)
         # elsewhere a look at each step would stall the device
-        if device.type == "cpu" and not loss.isfinite():
+        if device.type == "cpu" and not math.isfinite(loss.item()):
             raise FloatingPointError
         optimizer.zero_grad()
         loss.backward()
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-        state["sums"] = state["sums"] + weighted(terms, count)
+        state["sums"] = add_up(state["sums"], terms, count)
         state["step"] += 1
         tick()
     return means(total(state["sums"]), len(data.train))
@@ -241,14 +239,37 @@ def test_epoch(model, split, args, purpose, tick):
     """One pass over a split, with the same noise each time → its mean rec, kl, bpd."""
     model.eval()
     multiply_in_tf32(False)
-    sums = 0
-    for step, index in enumerate(torch.arange(len(split), device=args.device).split(args.batch_size)):
-        part, count = share(len(index))
-        images, labels = split.batch(index, part=part)
-        noise = normal((len(index), args.latent_size), images.device, args.seed, purpose, step)[part]
-        sums = sums + weighted(model(images, labels, noise), count)
+    sums = no_sums(args.device)
+    for images, labels, noise, count, _ in batches(split, torch.arange(len(split)), args, purpose):
+        sums = add_up(sums, model(images, labels, noise), count)
         tick()
     return means(total(sums), len(split))
+
+
+def batches(split, order, args, *key, first=0):
+    """The batches of a pass in this order, from step `first` on → images, labels, noise, for how many images
+    they count, and how many the batch has over all processes, each of which takes its part.
+
+    They are made for several steps at once (one by one they would take a twentieth of a small model's time),
+    and their random numbers for all processes: whoever asks for a step, it is the same one.
+    """
+    steps = max(1, 2**21 // (args.batch_size * math.prod(split.stored.shape[1:])))  # 2 MB of images
+    order = order.to(args.device)
+    for which, chunk in enumerate(order.split(steps * args.batch_size)):
+        todo = torch.arange(len(chunk)).split(args.batch_size)[max(0, first - which * steps):]
+        if not todo:
+            continue
+        parts = [share(len(batch)) for batch in todo]
+        mine = [batch[part] for batch, (part, _) in zip(todo, parts)]
+        sizes = [len(batch) for batch in mine]
+        part = slice(None) if sum(sizes) == len(chunk) else torch.cat(mine).to(args.device)
+        images, labels = split.batch(chunk, args.seed, "binarize", *key, which, part=part)
+        noise = [None] * len(todo)
+        if args.loss_mode == "vae":
+            shape = len(chunk), args.latent_size
+            noise = normal(shape, args.device, args.seed, "noise", *key, which)[part].split(sizes)
+        yield from zip(images.split(sizes), labels.split(sizes), noise, (count for _, count in parts),
+                       map(len, todo))
 
 
 def multiply_in_tf32(yes):
@@ -257,11 +278,15 @@ def multiply_in_tf32(yes):
         "tf32" if yes else "ieee"
 
 
-def weighted(terms, n):
-    """A batch's means as sums over its n images, on the device: a number fetched each step would stall a GPU.
+def no_sums(device):
+    return torch.zeros(1, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
+
+
+def add_up(sums, terms, n):
+    """Sums over images, with a batch's means over n of them added; on the device, since a number fetched each
+    step would stall a GPU.
     """
-    values = torch.stack([term.detach() for term in terms if term is not None])
-    return n * (values if values.device.type == "mps" else values.double())  # MPS has no float64
+    return torch.add(sums, torch.stack([term for term in terms if term is not None]).detach(), alpha=n)
 
 
 def means(sums, n):
@@ -280,23 +305,9 @@ def run(args, data, resumed, signals):
     resumed: the checkpoint from which to go on, as `verified` gives it; None starts anew
     """
     check(args, data, resumed)
-    if resumed and resumed["processes"] == WORLD:
-        torch.set_num_threads(resumed["threads"])  # another number would add up in another order
-    torch.backends.cudnn.deterministic = True  # else the same step may end in another last bit
-    torch.manual_seed(stream_seed(args.seed, "weights"))
-    model, optimizer = build_both(args, data.about())
-    state = {"epoch": 0, "step": 0, "sums": torch.zeros(()), "best": math.inf, "history": [], "elapsed": 0.0}
-    if resumed:
-        restore(model, optimizer, resumed)
-        state = {name: resumed[name] for name in state}
-        if len(state["sums"]) == WORLD:
-            state["sums"] = state["sums"][RANK]
-        else:
-            state["sums"] = state["sums"].sum(0) * (RANK == 0)
-    state["sums"] = state["sums"].to(args.device)
-    beta_of = beta_schedule(args.beta_mode, args.target_beta_val, args.epochs)
-    beta = beta_of(state["epoch"])
+    model, optimizer, state = begin(args, data, resumed)
     trained = prepared(model, data, args)
+    beta_of = beta_schedule(args.beta_mode, args.target_beta_val, args.epochs)
     with claimed(args, resumed) as (results, checkpoints):
         say(f"{args.log_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{'x'.join(map(str, data.shape))} pixels of {data.levels} levels, "
@@ -304,75 +315,35 @@ def run(args, data, resumed, signals):
             + (f", {WORLD} processes" if WORLD > 1 else "")
             + (f"; goes on after step {state['step']:,}" if resumed else ""))
         if state["history"] and not shared(lambda: is_whole(checkpoints / "best.pt")):
-            if state["epoch"] == args.epochs:
-                raise UserError(f"{checkpoints / 'best.pt'} is missing or damaged, and with it the best "
-                                "epoch of "
-                                f"a run that is over; --epochs {args.epochs + 1} goes on from "
-                                f"{checkpoints / 'last.pt'}")
-            if RANK == 0:
-                print(f"{checkpoints / 'best.pt'} is missing or damaged: the best epoch is looked for anew "
-                      "from here", file=sys.stderr)
-            state["best"] = math.inf
-        log, saved, ticks = RunLog(results, state["history"]), time.monotonic(), 0
-        start = saved - state["elapsed"]
-
-        def save(*names):
-            nonlocal saved
-            sums = torch.zeros(WORLD, *state["sums"].shape).to(state["sums"])
-            sums[RANK] = state["sums"]
-            content = {"args": vars(args), "data": data.about(), "threads": torch.get_num_threads(),
-                       "processes": WORLD, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                       **state, "sums": total(sums), "elapsed": time.monotonic() - start}
-            if not all_finite([content["model"], content["optimizer"], content["sums"]]):
-                raise FloatingPointError
-            for name in names if RANK == 0 else ():
-                save_checkpoint(checkpoints / name, content)
-            saved = time.monotonic()
-
-        def tick():
-            """After each step: save when it is time to, and leave when a signal asks for it. Many processes
-            agree on both, which takes time, every 16 steps.
-            """
-            nonlocal ticks
-            ticks += 1
-            if WORLD > 1 and ticks % 16:
-                return
-            unfinished = state["epoch"] < args.epochs
-            flags = torch.tensor([signals.received, unfinished
-                                  and time.monotonic() - saved >= args.save_every])
-            received, due = total(flags, torch.distributed.ReduceOp.MAX).tolist()
-            if due or (received and unfinished):
-                save("last.pt")
-            if received:
-                say(f"stopped after step {state['step']:,}; to go on:\n"
-                    f"python train.py --resume {shlex.quote((checkpoints / 'last.pt').as_posix())}")
-                sys.exit(128 + received)
-
+            lost(args, state, checkpoints)
+        log = RunLog(results, state["history"])
+        keeper = Keeper(args, data, model, optimizer, state, checkpoints, signals)
         try:
             if state["epoch"] < args.epochs and RANK == 0:
                 (results / "test.json").unlink(missing_ok=True)  # of fewer epochs
             while state["epoch"] < args.epochs:
                 beta = beta_of(state["epoch"])
-                row = run_epoch(model, trained, data, optimizer, args, state, beta, tick)
-                row["seconds"], start = round(time.monotonic() - start, 3), time.monotonic()
+                row = run_epoch(model, trained, data, optimizer, args, state, beta, keeper.tick)
+                row["seconds"] = keeper.lap()
                 improved = row["val_loss"] < state["best"]
-                state |= {"epoch": row["epoch"], "sums": torch.zeros((), device=args.device),
+                state |= {"epoch": row["epoch"], "sums": no_sums(args.device),
                           "best": min(state["best"], row["val_loss"]), "history": [*state["history"], row]}
                 log.epoch(state["history"], lambda: draw_epoch(model, data, args, row["epoch"], results))
                 # In this order: killed between the two, the run goes on from the old last.pt and writes both
                 # again.
-                save(*["best.pt"] * improved, "last.pt")
+                keeper.save(*["best.pt"] * improved, "last.pt")
                 print_epoch(row, args, improved)
             best = shared(lambda: load_checkpoint(checkpoints / "best.pt"))
             model.load_state_dict(best["model"])
-            test = {"epoch": best["epoch"], **test_figures(model, data, args, tick)}
+            test = {"epoch": best["epoch"], **test_figures(model, data, args, keeper.tick)}
         except FloatingPointError:
             whole = [path.as_posix() for path in sorted(checkpoints.glob("*.pt")) if is_whole(path)]
-            raise UserError(f"epoch {min(state['epoch'] + 1, args.epochs)}, after step {state['step']}: the "
-                            "loss or "
-                            f"a weight is not finite (lr {args.lr:g}, beta {beta:g}). Start anew with a "
-                            "smaller --lr "
-                            "or beta, or with --grad_clip 1000."
+            epoch = min(state["epoch"] + 1, args.epochs)
+            raise UserError(f"epoch {epoch}, after step {state['step']}: the loss or a weight is not finite "
+                            "(lr "
+                            f"{args.lr:g}, beta {beta_of(epoch - 1):g}). Start anew with a smaller --lr or "
+                            "beta, "
+                            "or with --grad_clip 1000."
                             + (f" Still good: {', '.join(whole)}" if whole else ""))
         report(test, args)
         if RANK == 0:
@@ -381,6 +352,82 @@ def run(args, data, resumed, signals):
         say(f"wrote {results} and {checkpoints / 'best.pt'}\n"
             f"draw: python infer.py --ckpt {shlex.quote((checkpoints / 'best.pt').as_posix())}")
         return test
+
+
+def begin(args, data, resumed):
+    """→ the model, its optimiser and the state of the run, as they are at the start or in the checkpoint."""
+    if resumed and resumed["processes"] == WORLD:
+        torch.set_num_threads(resumed["threads"])  # another number would add up in another order
+    torch.backends.cudnn.deterministic = True  # else the same step may end in another last bit
+    torch.manual_seed(stream_seed(args.seed, "weights"))
+    model, optimizer = build_both(args, data.about())
+    state = {"epoch": 0, "step": 0, "sums": no_sums("cpu"), "best": math.inf, "history": [], "elapsed": 0.0}
+    if resumed:
+        restore(model, optimizer, resumed)
+        state = {name: resumed[name] for name in state}
+        # each process goes on with its own sums; where there are more or fewer of them, the first has all
+        state["sums"] = state["sums"][RANK] if len(state["sums"]) == WORLD else \
+            state["sums"].sum(0) * (RANK == 0)
+    state["sums"] = state["sums"].to(args.device)
+    return model, optimizer, state
+
+
+def lost(args, state, checkpoints):
+    """What to do without best.pt."""
+    best = checkpoints / "best.pt"
+    if state["epoch"] == args.epochs:
+        raise UserError(f"{best} is missing or damaged, and with it the best epoch of a run that is over; "
+                        f"--epochs {args.epochs + 1} goes on from {checkpoints / 'last.pt'}")
+    if RANK == 0:
+        print(f"{best} is missing or damaged: the best epoch is looked for anew from here", file=sys.stderr)
+    state["best"] = math.inf
+
+
+class Keeper:
+    """Saves a run when it is time to, and when a signal asks for it."""
+
+    def __init__(self, args, data, model, optimizer, state, folder, signals):
+        self.args, self.data, self.model, self.optimizer, self.state = args, data, model, optimizer, state
+        self.folder, self.signals, self.ticks = folder, signals, 0
+        self.saved = time.monotonic()
+        self.start = self.saved - state["elapsed"]  # of the epoch
+
+    def lap(self):
+        """Seconds of the epoch that ends now."""
+        start, self.start = self.start, time.monotonic()
+        return round(self.start - start, 3)
+
+    def save(self, *names):
+        sums = torch.zeros(WORLD, *self.state["sums"].shape).to(self.state["sums"])
+        sums[RANK] = self.state["sums"]
+        content = {"args": vars(self.args), "data": self.data.about(), "threads": torch.get_num_threads(),
+                   "processes": WORLD, "model": self.model.state_dict(),
+                   "optimizer": self.optimizer.state_dict(), **self.state, "sums": total(sums),
+                   "elapsed": time.monotonic() - self.start}
+        if not all_finite([content["model"], content["optimizer"], content["sums"]]):
+            raise FloatingPointError
+        for name in names if RANK == 0 else ():
+            save_checkpoint(self.folder / name, content)
+        self.saved = time.monotonic()
+
+    def tick(self):
+        """After each step: save when it is time to, and leave when a signal asks for it. Many processes agree
+        on both, which takes time, every 16 steps.
+        """
+        self.ticks += 1
+        if WORLD > 1 and self.ticks % 16:
+            return
+        unfinished = self.state["epoch"] < self.args.epochs
+        due = unfinished and time.monotonic() - self.saved >= self.args.save_every
+        received = self.signals.received
+        if WORLD > 1:
+            received, due = total(torch.tensor([received, due]), torch.distributed.ReduceOp.MAX).tolist()
+        if due or (received and unfinished):
+            self.save("last.pt")
+        if received:
+            say(f"stopped after step {self.state['step']:,}; to go on:\n"
+                f"python train.py --resume {shlex.quote((self.folder / 'last.pt').as_posix())}")
+            sys.exit(128 + received)
 
 
 def prepared(model, data, args):
@@ -393,10 +440,11 @@ def prepared(model, data, args):
     def rehearse(model):
         images = torch.zeros(len(range(0, min(args.batch_size, len(data.train)), WORLD)), *data.shape,
                              dtype=torch.uint8, device=args.device)
+        noise = None if args.loss_mode == "ae" else torch.zeros(len(images),
+                                                                args.latent_size).to(images.device)
         for _ in range(2):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                rec, kl, _ = model(images, images.new_zeros(len(images), dtype=torch.long),
-                                   torch.zeros(len(images), args.latent_size, device=args.device))
+                rec, kl, _ = model(images, images.new_zeros(len(images), dtype=torch.long), noise)
             (rec + kl).backward()
             model.zero_grad()
         return model
@@ -480,10 +528,10 @@ def run_epoch(model, trained, data, optimizer, args, state, beta, tick):
     train = figures(args, train_epoch(trained, data, optimizer, args, state, beta, tick))
     val = figures(args, test_epoch(model, data.val, args, "val", tick))
     if args.loss_mode == "ae":
-        batches = torch.arange(len(data.train), device=args.device).split(args.batch_size)
-        shares = [share(len(index)) for index in batches]
-        model.fit_prior((data.train.batch(index, args.seed, "prior", step, part=part)[0]
-                         for step, (index, (part, count)) in enumerate(zip(batches, shares)) if count), total)
+        order = torch.arange(len(data.train))
+        model.fit_prior((images for images, _, _, count,
+                         _ in batches(data.train, order, args, "prior", state["epoch"])
+                         if count), total)
     return {"epoch": state["epoch"] + 1, "beta": beta if args.loss_mode == "vae" else None, "lr": args.lr,
             **{f"train_{name}": value for name, value in train.items()},
             **{f"val_{name}": value for name, value in val.items()}}

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 from torch import distributions as D
 
+import benchmark
 import data
 import infer
 import model
@@ -349,17 +351,13 @@ def test_log_std_stays_where_exp_is_finite():
 # Data
 
 def test_stochastic_binarisation_keeps_black_and_white_and_is_right_between():
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(images):
-        return data.binarize(images, data.words16(images.shape, generator))
-    ramp = torch.arange(256, dtype=torch.uint8).expand(20_000, 256).contiguous()
-    frequency = sum(draw(ramp).double().mean(0) for _ in range(5)) / 5
+    ramp = torch.arange(256, dtype=torch.uint8).expand(20_000, 1, 1, 256)
+    frequency = sum(data.binarize(ramp, seed).double().mean(0).flatten() for seed in range(5)) / 5
     p = torch.arange(256).double() / 255
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 100_000).sqrt()).all()  # exactly at 0 and 255
     # An end is wrong once in 65,536 draws where the comparison is off by one: look at millions.
-    assert not draw(torch.zeros(4_000_003, dtype=torch.uint8)).any()
-    assert draw(torch.full((4_000_003,), 255, dtype=torch.uint8)).all()
+    assert not data.binarize(torch.zeros(4001, 1, 1, 1003, dtype=torch.uint8), 1).any()
+    assert data.binarize(torch.full((4001, 1, 1, 1003), 255, dtype=torch.uint8), 1).all()
 
 
 def test_quantisation():
@@ -871,14 +869,14 @@ def assert_same_runs(a, b):
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Send this process a signal while it trains its step `step`, counted from its start."""
-    seen, weighted = [], train.weighted
+    seen, add_up = [], train.add_up
 
-    def interrupted(terms, n):
+    def interrupted(sums, terms, n):
         seen.append(n)
         if len(seen) == step:
             signal.raise_signal(number)
-        return weighted(terms, n)
-    monkeypatch.setattr(train, "weighted", interrupted)
+        return add_up(sums, terms, n)
+    monkeypatch.setattr(train, "add_up", interrupted)
 
 
 @pytest.mark.parametrize("flags", [
@@ -1077,23 +1075,26 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(tmp_path,
             "--binarize", "stochastic", "--batch_size", "8", "--epochs", "12", "--save_every", "0.02"]
     whole = start(*argv, "--log_dir", "whole")
     assert whole.communicate()[1] == ""
-    moments, killed, within, words = random.Random(0), 0, 0, [*argv, "--log_dir", "cut"]
-    while killed < 20:
-        process = start(*words)
-        assert "parameters" in process.stdout.readline()  # it trains from here on
-        time.sleep(moments.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it ended before the last kill: the run is too short"
-        killed += 1
-        last = tmp_path / "checkpoints/cut/last.pt"
-        words = ["--resume", last] if last.exists() else [*argv, "--log_dir", "cut", "--overwrite"]
-        assert all(map(train.is_whole, (tmp_path / "checkpoints/cut").glob("*.pt")))
-        within += last.exists() and utils.load_checkpoint(last)["step"] % 375 > 0
-    assert within > 0  # an epoch was cut in two
-    assert start("--resume", last).communicate()[1] == ""
-    assert_same_runs(*((tmp_path / "results" / name, tmp_path / "checkpoints" / name)
-                       for name in ("whole", "cut")))
+
+    def killed_ten_times(name):
+        moments, within, words = random.Random(name), 0, [*argv, "--log_dir", name]
+        for _ in range(10):
+            process = start(*words)
+            assert "parameters" in process.stdout.readline()  # it trains from here on
+            time.sleep(moments.uniform(0, 0.8))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL, "the run is too short for so many kills"
+            last = tmp_path / "checkpoints" / name / "last.pt"
+            words = ["--resume", last] if last.exists() else [*argv, "--log_dir", name, "--overwrite"]
+            assert all(map(train.is_whole, last.parent.glob("*.pt")))
+            within += last.exists() and utils.load_checkpoint(last)["step"] % 375 > 0
+        assert within > 0  # an epoch was cut in two
+        assert start("--resume", last).communicate()[1] == ""
+        assert_same_runs(*((tmp_path / "results" / run, tmp_path / "checkpoints" / run)
+                           for run in ("whole", name)))
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(killed_ten_times, ("a", "b")))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -1267,7 +1268,8 @@ def gradients(case, n, beta=0.7):
     # of the one step, in float64, that a pass over n images is
     torch.manual_seed(0)
     args = Namespace(seed=3, batch_size=max(n, 2), latent_size=3, device="cpu", precision="fp32", grad_clip=0,
-                     progress_bar=False, compile=False)
+                     progress_bar=False, compile=False,
+                     loss_mode="ae" if case == "ae" else "vae")
     pixels = torch.randint(256, (n, 1, 9, 11), dtype=torch.uint8)
     split = data.Split(pixels, torch.arange(n), torch.arange(n) % 2, 2, stochastic=case == "stochastic")
     kind = dict(ae=model.AE, conditional=model.ConditionalVAE).get(case, model.VAE)
@@ -1276,7 +1278,7 @@ def gradients(case, n, beta=0.7):
         **dict(num_classes=2) if case == "conditional" else {{}}).double()
     everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
     trained = train.prepared(net, everything, args)
-    state = dict(epoch=0, step=0, sums=torch.zeros(()))
+    state = dict(epoch=0, step=0, sums=train.no_sums("cpu"))
     sgd = torch.optim.SGD(net.parameters(), 0.0)
     means = train.train_epoch(trained, everything, sgd, args, state, beta, lambda: None)
     tested = train.test_epoch(net, split, args, "val", lambda: None)
@@ -1291,15 +1293,15 @@ def main():
         if utils.RANK == 0:
             torch.save(found, rest[0])
         return
-    weighted, seen = train.weighted, []
-    def interrupted(terms, n):
+    add_up, seen = train.add_up, []
+    def interrupted(sums, terms, n):
         seen.append(n)
         if what != "run" and utils.RANK == 1 and len(seen) == 25:
             if what == "fail":
                 raise utils.UserError("this one has failed")
             os.kill(os.getpid(), dict(stop=signal.SIGTERM, kill=signal.SIGKILL)[what])
-        return weighted(terms, n)
-    train.weighted = interrupted
+        return add_up(sums, terms, n)
+    train.add_up = interrupted
     train.main(rest)
 
 if __name__ == "__main__":
@@ -1365,6 +1367,32 @@ def test_a_process_that_fails_ends_the_job_with_its_message(torchrun, folder):
     assert torchrun(2, "kill", *argv, "--log_dir=b")[0]
     status, _, err = torchrun(2, "run", *argv, "--latent_size=0")
     assert status and err.count("argument --latent_size") == 1
+
+
+def test_the_benchmark_prints_its_rows(workplace, capsys):
+    write_idx(workplace / "data", (512, 50))
+    benchmark.main(["--model", "mlp", "--batch_size", "64", "--images", "256", "--repeats", "2", "--json",
+                    "--binarize", "stochastic", "--hidden_dims", "16"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["model"], row["batch_size"]) == ("mlp", 64) and 0 < row["flop_share"] < 1
+    assert row["images_per_second"] > 0 and 0.1 < row["floor_ratio"] < 2 and row["startup_seconds"] > 0.5
+    assert sys.platform != "linux" or 100 < row["peak_rss_mb"] < 2000
+
+
+def test_the_plain_way_of_the_benchmark_trains_the_same_network(workplace):
+    write_idx(workplace / "data", (640, 50))
+    argv = ["--dataset=mnist", "--levels=2", "--model=mlp", "--hidden_dims=16", "--latent_size=4",
+            "--lr=0.01"]
+    args, _ = train.parse_args(argv)
+    torch.manual_seed(0)
+    net, _ = train.build_both(args, data.load("mnist", levels=2).about())
+    images = benchmark.plain_loader(args, True, 128)
+    adam = torch.optim.Adam(net.parameters(), 0.01)
+    first, *_, last = [benchmark.plain_epoch(net, images, args, adam) for _ in range(20)]
+    assert len(images.dataset) == 128 and last < 0.95 * first
+    args.dataset = "glyphs"
+    with pytest.raises(utils.UserError, match="goes with a dataset of torchvision"):
+        benchmark.plain_loader(args, True)
 
 
 # ------------------------------------------------------------------------------------------------------------

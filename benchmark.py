@@ -1,0 +1,253 @@
+"""How fast training is, and how far from the limit of this machine: python benchmark.py --help"""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from data import NAMED, load, quantize
+from utils import ArgumentParser, UserError, call, normal, number
+
+HERE = Path(__file__).resolve().parent
+COLUMNS = {"model": "model", "batch_size": "batch", "images_per_second": "images/s",
+           "floor_images_per_second": "floor, images/s", "floor_ratio": "of the floor",
+           "flop_share": "of the matrix rate", "peak_rss_mb": "peak MB", "startup_seconds": "start-up s",
+           "speedup": "times the plain way"}
+
+
+def parse_args(argv=None):
+    """→ the benchmark's arguments, and those for train.py."""
+    parser = ArgumentParser(
+        description="Measure training: images a second of train.py's own epoch; of its forward, backward and "
+                    "optimiser step alone on one batch (the floor); the share of this machine's rate of "
+                    "matrix "
+                    "products; peak memory; seconds from the command to the first step. Medians of "
+                    "interleaved "
+                    "passes. Every argument of train.py can be given too, by default --dataset mnist "
+                    "--levels 2 --latent_size 20.")
+    parser.add_argument("--model", nargs="+", choices=("mlp", "cnn"), default=["mlp", "cnn"],
+                        help="(default: both)")
+    parser.add_argument("--batch_size", nargs="+", type=number(int, 1), default=[128, 512], metavar="N",
+                        help="(default: 128 512)")
+    parser.add_argument("--images", type=number(int, 1), default=12_800, metavar="N",
+                        help="images in a pass (default: %(default)s)")
+    parser.add_argument("--repeats", type=number(int, 1), default=9, metavar="N",
+                        help="passes of each kind (default: %(default)s)")
+    parser.add_argument("--baseline", action="store_true",
+                        help="also the plain way: torchvision's dataset, ToTensor, DataLoader, fp32; and "
+                             "three epochs of it against train.py, from the command to its exit")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    args, rest = parser.parse_known_args(argv)
+    return args, ["--dataset", "mnist", "--levels", "2", "--latent_size", "20", "--no-progress_bar", *rest]
+
+
+def measure(argv, images, repeats, baseline):
+    """A row of the table, in a process of its own, whose peak memory is then that of this row."""
+    args, _ = train.parse_args(argv)
+    device = torch.device(args.device)
+    data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform,
+                max(1, images // args.batch_size) * args.batch_size, device)
+    n, batch_size = len(data.train), min(args.batch_size, len(data.train))
+    torch.backends.cudnn.deterministic = True  # as in training
+    model, optimizer = train.build_both(args, data.about())
+    trained = train.prepared(model, data, args)
+    state = {"epoch": 0, "step": 0, "sums": train.no_sums(args.device)}
+    batch, labels = data.train.batch(torch.arange(batch_size), args.seed, "binarize")
+    noise = normal((batch_size, args.latent_size), device, args.seed, "noise")
+
+    def epoch():
+        train.train_epoch(trained, data, optimizer, args, state, args.target_beta_val, time.monotonic)
+        state["epoch"] += 1
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            rec, kl, _ = trained(batch, labels, noise)
+        optimizer.zero_grad()
+        (rec + args.target_beta_val * kl).backward()
+        optimizer.step()
+
+    def floor():
+        train.multiply_in_tf32(True)
+        for _ in range(-(-n // batch_size)):
+            step()
+
+    with FlopCounterMode(display=False) as flops:
+        rec, kl, _ = model(batch, labels, noise)
+        (rec + kl).backward()
+    epoch(), floor()
+    row = {"model": args.model, "batch_size": args.batch_size, "peak_rss_mb": peak_rss(),
+           "startup_seconds": None}
+    ways = {"epoch": epoch, "floor": floor}
+    if baseline:
+        plain, _ = train.build_both(args, data.about())
+        loader, adam = plain_loader(args, True, n), torch.optim.Adam(plain.parameters(), args.lr)
+        ways["plain"] = lambda: plain_epoch(plain, loader, args, adam)
+        ways["plain"]()
+    rates = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, work in ways.items():
+            rates[way].append(n / seconds(work, device))
+    row |= {"images_per_second": median(rates["epoch"]), "floor_images_per_second": median(rates["floor"]),
+            "floor_ratio": median(a / b for a, b in zip(rates["epoch"], rates["floor"])),
+            "flop_share": flops.get_total_flops() / batch_size * median(rates["epoch"])
+            / matrix_rate(args.precision, device)}
+    if baseline:
+        row["speedup"] = median(a / b for a, b in zip(rates["epoch"], rates["plain"]))
+    return row
+
+
+def matrix_rate(precision, device):
+    """FLOP/s of a product of two square matrices, in the precision of training."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype={"bf16": torch.bfloat16,
+                                                      "fp32": torch.float32}[precision])
+    return 2 * size ** 3 / median(seconds(lambda: a @ a, device) for _ in range(10))
+
+
+def seconds(work, device):
+    start = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter() - start
+
+
+def peak_rss():
+    """The most memory that this process has had resident, in MB; None where the system does not tell."""
+    try:  # resource.ru_maxrss would count what the parent had
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except OSError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The plain way, as in the VAE of pytorch/examples: an image at a time, fp32, a number fetched each step
+
+def plain_loader(args, is_train, limit=None):
+    from utils import torchvision
+    if args.dataset not in NAMED:
+        raise UserError(f"--baseline: goes with a dataset of torchvision ({', '.join(NAMED)})")
+    images = getattr(torchvision.datasets, NAMED[args.dataset][0])(
+        args.data_dir, is_train, transform=torchvision.transforms.ToTensor())
+    more = {"num_workers": 1, "pin_memory": True} if args.device != "cpu" else {}
+    return DataLoader(Subset(images, range(limit or len(images))), args.batch_size, shuffle=is_train, **more)
+
+
+def plain_epoch(model, loader, args, optimizer=None):
+    """One pass, in training where there is an optimiser → the mean loss."""
+    total = 0.0
+    for images, labels in loader:
+        images = quantize((images.to(args.device) * 255).byte(), args.levels)
+        noise = torch.randn(len(images), args.latent_size, device=args.device)
+        rec, kl, _ = model(images, labels.to(args.device), noise)
+        loss = rec + args.target_beta_val * kl
+        if optimizer:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        total += loss.item() * len(images)
+    return total / len(loader.dataset)
+
+
+def plain_run(argv, epochs):
+    """Train, test, and draw after each epoch."""
+    from utils import torchvision
+    args, _ = train.parse_args(argv)
+    model = train.build_both(args, {"shape": (1, 28, 28), "levels": args.levels, "classes": []})[0]
+    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    loader, tests = plain_loader(args, True), plain_loader(args, False)
+    for epoch in range(epochs):
+        plain_epoch(model, loader, args, optimizer)
+        with torch.no_grad():
+            print(plain_epoch(model, tests, args), flush=True)
+            torchvision.utils.save_image(model.sample(64)[1], Path(args.results_dir).parent / f"{epoch}.png")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole commands
+
+def startup(argv):
+    """Seconds from the command to the first checkpoint, written right after the first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        command = subprocess.Popen([sys.executable, HERE / "train.py", *argv, "--save_every", "0",
+                                    *places(folder)], stdout=subprocess.DEVNULL)
+        try:
+            while not list(Path(folder, "checkpoints").glob("*/last.pt")):
+                if command.poll() is not None:
+                    raise UserError("train.py ended before its first checkpoint")
+                time.sleep(0.005)
+            return time.perf_counter() - start
+        finally:
+            command.kill()
+            command.wait()
+
+
+def whole(argv, epochs=3):
+    """Seconds of train.py and of the plain way, from the command to its exit."""
+    took = []
+    for command in ([HERE / "train.py", *argv, "--epochs", str(epochs)],
+                    ["-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import benchmark; "
+                           f"benchmark.plain_run(sys.argv[1:], {epochs})", *argv]):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command, *places(folder)], stdout=subprocess.DEVNULL, check=True)
+            took.append(time.perf_counter() - start)
+    return took
+
+
+def places(folder):
+    return ["--results_dir", f"{folder}/results", "--checkpoint_dir", f"{folder}/checkpoints"]
+
+
+def show(rows):
+    """Print a table of rows, its columns as wide as they must be."""
+    names = [name for name in COLUMNS if name in rows[0]]
+    table = [[COLUMNS[name] for name in names]]
+    for row in rows:
+        digits = {"floor_ratio": 3, "flop_share": 3, "startup_seconds": 2, "speedup": 2}
+        table.append(["-" if row[name] is None else row[name] if isinstance(row[name], str) else
+                      f"{row[name]:,.{digits.get(name, 0)}f}" for name in names])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def main(argv=None):
+    args, rest = parse_args(argv)
+    rows = []
+    for model in args.model:
+        for batch_size in args.batch_size:
+            options = [*rest, "--model", model, "--batch_size", str(batch_size)]
+            settings, _ = train.parse_args(options)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                rows.append(fresh.submit(measure, options, args.images, args.repeats, args.baseline).result())
+            rows[-1]["startup_seconds"] = median(startup(options) for _ in range(3))
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print(f"{settings.dataset}, {settings.device}, {settings.precision}, {torch.get_num_threads()} "
+              "threads, "
+              f"torch {torch.__version__}")
+        show(rows)
+    if args.baseline:
+        took = [whole([*rest, "--model", "mlp", "--hidden_dims", "400"]) for _ in range(3)]
+        ours, plain = map(median, zip(*took))
+        print(f"three epochs of train.py, an MLP 784-400-20: {ours:.1f} s; the plain way: {plain:.1f} s; "
+              f"{median(b / a for a, b in took):.2f} times as fast", file=sys.stderr if args.json
+              else sys.stdout)
+
+
+if __name__ == "__main__":
+    call(main)
