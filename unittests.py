@@ -1351,7 +1351,8 @@ def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder):
     assert status and out.count("stopped after step") == 1, err
     assert "Error" not in err.split("ChildFailedError")[0].replace("error_file", ""), err
     shutil.copytree("checkpoints/cut", "checkpoints/alone")
-    assert torchrun(2, "run", "--resume", "checkpoints/cut/last.pt")[0] == 0
+    status, _, err = torchrun(2, "run", "--resume", "checkpoints/cut/last.pt")
+    assert status == 0, err
     assert_same_runs(*((Path("results", name), Path("checkpoints", name)) for name in ("whole", "cut")))
     status, _, err = torchrun(1, "run", "--resume", "checkpoints/alone/last.pt")
     assert status == 0 and "2 processes, not 1" in err
