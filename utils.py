@@ -159,9 +159,15 @@ def say(text):
 
 
 def call(main):
-    """Run a script's `main`: what a user can mend ends it with one line on stderr and exit status 1."""
+    """Run a script's `main` and end the process: what a user can mend ends it with one line on stderr and
+    exit status 1.
+    """
+    status, message = 1, None
     try:
         main()
+        status = 0
+    except SystemExit as end:
+        status = end.code
     except UserError as error:
         message = str(error)
     except OSError as error:  # a full or read-only disk, a lost permission, …
@@ -180,14 +186,19 @@ def call(main):
         else:
             raise
     except KeyboardInterrupt:
-        sys.exit(130)
-    else:
-        return
-    if RANK:
-        time.sleep(3)  # what ends all processes is said by the first, whose end makes torchrun end the others
-        message = f"process {RANK} of {WORLD}: {message}"
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(1)
+        status = 130
+    if message:
+        if RANK:
+            time.sleep(3)  # what ends all processes is said by the first, whose end ends the others
+            message = f"process {RANK} of {WORLD}: {message}"
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if WORLD > 1:
+        # gloo's threads may drop a tensor while Python shuts down, which aborts it (pytorch issue 190489)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 # ------------------------------------------------------------------------------------------------------------
