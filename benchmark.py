@@ -31,11 +31,9 @@ def parse_args(argv=None):
     parser = ArgumentParser(
         description="Measure training: images a second of train.py's own epoch; of its forward, backward and "
                     "optimiser step alone on one batch (the floor); the share of this machine's rate of "
-                    "matrix "
-                    "products; peak memory; seconds from the command to the first step. Medians of "
-                    "interleaved "
-                    "passes. Every argument of train.py can be given too, by default --dataset mnist "
-                    "--levels 2 --latent_size 20.")
+                    "matrix products; peak memory; seconds from the command to the first step. Medians of "
+                    "interleaved passes. Every argument of train.py can be given too, by default --dataset "
+                    "mnist --levels 2 --latent_size 20.")
     parser.add_argument("--model", nargs="+", choices=("mlp", "cnn"), default=["mlp", "cnn"],
                         help="(default: both)")
     parser.add_argument("--batch_size", nargs="+", type=number(int, 1), default=[128, 512], metavar="N",
@@ -110,8 +108,8 @@ def measure(argv, images, repeats, baseline):
 def matrix_rate(precision, device):
     """FLOP/s of a product of two square matrices, in the precision of training."""
     size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype={"bf16": torch.bfloat16,
-                                                      "fp32": torch.float32}[precision])
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    a = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size ** 3 / median(seconds(lambda: a @ a, device) for _ in range(10))
 
 
@@ -239,15 +237,14 @@ def main(argv=None):
         print(json.dumps(rows, indent=2))
     else:
         print(f"{settings.dataset}, {settings.device}, {settings.precision}, {torch.get_num_threads()} "
-              "threads, "
-              f"torch {torch.__version__}")
+              f"threads, torch {torch.__version__}")
         show(rows)
     if args.baseline:
         took = [whole([*rest, "--model", "mlp", "--hidden_dims", "400"]) for _ in range(3)]
         ours, plain = map(median, zip(*took))
         print(f"three epochs of train.py, an MLP 784-400-20: {ours:.1f} s; the plain way: {plain:.1f} s; "
-              f"{median(b / a for a, b in took):.2f} times as fast", file=sys.stderr if args.json
-              else sys.stdout)
+              f"{median(b / a for a, b in took):.2f} times as fast",
+              file=sys.stderr if args.json else sys.stdout)
 
 
 if __name__ == "__main__":

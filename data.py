@@ -161,24 +161,22 @@ def binarize(images, *key):
 
     On a CPU torch.bernoulli would take twenty times as long. Two uniform bytes as one 16-bit word are
     compared with 257 x, which is x / 255 in units of 2⁻¹⁶ but for one unit at most; black never turns white,
-    nor white black. The low byte decides one pixel in 256, so that eight images share it.
+    nor white black. The low byte decides one pixel in 256, so that the images of a block share it.
     """
     if images.device.type == "cuda":
         return torch.bernoulli(images / 255, generator=stream(*key, device=images.device)).byte()
-    generator = np.random.Generator(np.random.SFC64(stream_seed(*key)))  # the fastest there is
-    pixels, levels = images.cpu().numpy(), np.empty(images.shape, bool)
-    step = max(1, 2**17 // pixels[0].size)  # as many images as stay in the cache
+    generator = np.random.SFC64(stream_seed(*key))  # the fastest there is
+    pixels = images.cpu().numpy().reshape(len(images), -1)
+    levels, size = np.empty(pixels.shape, bool), pixels.shape[1]
+    step = max(1, 2**17 // size)  # as many images as stay in the cache
     for first in range(0, len(pixels), step):
         part, ones = pixels[first:first + step], levels[first:first + step]
-        n, size = len(part), part[0].size
-        drawn = generator.integers(-2**63, 2**63, (n + n // 8 + 1) * size // 8 + 1,
-                                   dtype=np.int64).view(np.uint8)
-        high, low = drawn[:n * size].reshape(part.shape), drawn[n * size:(n + n // 8 + 1) * size]
-        low = low.clip(max=254).reshape(-1, *part.shape[1:])  # white is above any word
-        np.less(np.tile(low, (8, 1, 1, 1))[:n], part, out=ones)
+        drawn = generator.random_raw((len(part) + 1) * size // 8 + 1).view(np.uint8)
+        high, low = drawn[:part.size].reshape(part.shape), drawn[part.size:part.size + size]
+        np.less(np.minimum(low, 254), part, out=ones)  # white is above any word
         ones &= high == part
         ones |= high < part
-    return torch.from_numpy(levels.view(np.uint8)).to(images.device)
+    return torch.from_numpy(levels.view(np.uint8)).view(images.shape).to(images.device)
 
 
 def grey(images, transform):

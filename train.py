@@ -22,10 +22,10 @@ from tqdm import tqdm
 from data import DATASETS, load
 from model import DEFAULT_LOSS, build
 from utils import (LOCAL_RANK, RANK, WORLD, ArgumentParser, RunLog, Signals, UserError, active_units,
-                   all_finite,
-                   beta_schedule, call, default_device, default_precision, device_type, interleave,
-                   load_checkpoint, locked, normal, number, one_line, processes, run_name, save_checkpoint,
-                   save_grid, say, share, shared, stream, stream_seed, total, write_csv, write_json)
+                   all_finite, beta_schedule, call, default_device, default_precision, device_type,
+                   interleave, load_checkpoint, locked, normal, number, one_line, processes, run_name,
+                   save_checkpoint, save_grid, say, share, shared, stream, stream_seed, total, write_csv,
+                   write_json)
 
 WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
 
@@ -256,20 +256,20 @@ def batches(split, order, args, *key, first=0):
     steps = max(1, 2**21 // (args.batch_size * math.prod(split.stored.shape[1:])))  # 2 MB of images
     order = order.to(args.device)
     for which, chunk in enumerate(order.split(steps * args.batch_size)):
-        todo = torch.arange(len(chunk)).split(args.batch_size)[max(0, first - which * steps):]
-        if not todo:
+        left = torch.arange(len(chunk)).split(args.batch_size)[max(0, first - which * steps):]
+        if not left:
             continue
-        parts = [share(len(batch)) for batch in todo]
-        mine = [batch[part] for batch, (part, _) in zip(todo, parts)]
+        parts = [share(len(batch)) for batch in left]
+        mine = [batch[part] for batch, (part, _) in zip(left, parts)]
         sizes = [len(batch) for batch in mine]
         part = slice(None) if sum(sizes) == len(chunk) else torch.cat(mine).to(args.device)
         images, labels = split.batch(chunk, args.seed, "binarize", *key, which, part=part)
-        noise = [None] * len(todo)
+        noise = [None] * len(left)
         if args.loss_mode == "vae":
             shape = len(chunk), args.latent_size
             noise = normal(shape, args.device, args.seed, "noise", *key, which)[part].split(sizes)
-        yield from zip(images.split(sizes), labels.split(sizes), noise, (count for _, count in parts),
-                       map(len, todo))
+        counts = [count for _, count in parts]
+        yield from zip(images.split(sizes), labels.split(sizes), noise, counts, map(len, left))
 
 
 def multiply_in_tf32(yes):
@@ -340,10 +340,8 @@ def run(args, data, resumed, signals):
             whole = [path.as_posix() for path in sorted(checkpoints.glob("*.pt")) if is_whole(path)]
             epoch = min(state["epoch"] + 1, args.epochs)
             raise UserError(f"epoch {epoch}, after step {state['step']}: the loss or a weight is not finite "
-                            "(lr "
-                            f"{args.lr:g}, beta {beta_of(epoch - 1):g}). Start anew with a smaller --lr or "
-                            "beta, "
-                            "or with --grad_clip 1000."
+                            f"(lr {args.lr:g}, beta {beta_of(epoch - 1):g}). Start anew with a smaller --lr "
+                            "or beta, or with --grad_clip 1000."
                             + (f" Still good: {', '.join(whole)}" if whole else ""))
         report(test, args)
         if RANK == 0:
@@ -440,8 +438,8 @@ def prepared(model, data, args):
     def rehearse(model):
         images = torch.zeros(len(range(0, min(args.batch_size, len(data.train)), WORLD)), *data.shape,
                              dtype=torch.uint8, device=args.device)
-        noise = None if args.loss_mode == "ae" else torch.zeros(len(images),
-                                                                args.latent_size).to(images.device)
+        noise = None if args.loss_mode == "ae" else torch.zeros(len(images), args.latent_size,
+                                                                device=args.device)
         for _ in range(2):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 rec, kl, _ = model(images, images.new_zeros(len(images), dtype=torch.long), noise)
@@ -523,15 +521,16 @@ def is_whole(path):
 
 
 def run_epoch(model, trained, data, optimizer, args, state, beta, tick):
-    """Train, validate → a row of metrics.csv, but for its seconds. trained: the model as `prepared` made it
+    """Train, validate → a row of metrics.csv, but for its seconds.
+
+    trained: the model as `prepared` made it
     """
     train = figures(args, train_epoch(trained, data, optimizer, args, state, beta, tick))
     val = figures(args, test_epoch(model, data.val, args, "val", tick))
     if args.loss_mode == "ae":
         order = torch.arange(len(data.train))
-        model.fit_prior((images for images, _, _, count,
-                         _ in batches(data.train, order, args, "prior", state["epoch"])
-                         if count), total)
+        parts = batches(data.train, order, args, "prior", state["epoch"])
+        model.fit_prior((images for images, _, _, count, _ in parts if count), total)
     return {"epoch": state["epoch"] + 1, "beta": beta if args.loss_mode == "vae" else None, "lr": args.lr,
             **{f"train_{name}": value for name, value in train.items()},
             **{f"val_{name}": value for name, value in val.items()}}
@@ -571,15 +570,14 @@ def report(test, args):
 
 def print_epoch(row, args, improved):
     beta = f"beta {row['beta']:.3g} | " if args.loss_mode == "vae" else ""
-    say(f"epoch {row['epoch']:>{len(str(args.epochs))}}/{args.epochs} | {beta}train "
-        f"{describe(row, 'train_')} | "
-        f"val {describe(row, 'val_')} | {row['seconds']:.1f} s{' *' if improved else ''}")
+    epoch = f"{row['epoch']:>{len(str(args.epochs))}}/{args.epochs}"
+    say(f"epoch {epoch} | {beta}train {describe(row, 'train_')} | val {describe(row, 'val_')} | "
+        f"{row['seconds']:.1f} s{' *' if improved else ''}")
 
 
 def describe(row, prefix):
     return ", ".join(f"{name} {row[prefix + name]:.{4 if name == 'bpd' else 2}f}"
-                     for name in ("loss", "rec", "kl", "bpd")
-                     if row.get(prefix + name) is not None)
+                     for name in ("loss", "rec", "kl", "bpd") if row.get(prefix + name) is not None)
 
 
 @torch.no_grad()

@@ -1337,8 +1337,7 @@ def test_gradients_of_two_and_three_processes_are_those_of_one(torchrun):
 def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder):
     def argv(name):
         return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--model=mlp",
-                "--batch_size=30",
-                "--epochs=4", "--lr=3e-3", f"--log_dir={name}", "--levels=2", "--binarize=stochastic"]
+                "--batch_size=30", "--epochs=4", "--lr=3e-3", f"--log_dir={name}", "--levels=2", "--binarize=stochastic"]
     for n, name in ((1, "one"), (2, "whole")):
         status, out, err = torchrun(n, "run", *argv(name))
         assert status == 0 and out.count("epoch 4/4") == 1, err

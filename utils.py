@@ -142,8 +142,7 @@ def locked(folder):
                                 f"{file.read(200).decode().strip() or 'another process'}"
                                 "; wait for it, or take another --log_dir")
             print(f"{folder} cannot be locked ({error.strerror}): see to it that no other process trains "
-                  "into it",
-                  file=sys.stderr)
+                  "into it", file=sys.stderr)
         with contextlib.suppress(OSError):  # a full disk must not keep a run from going on
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
@@ -505,7 +504,7 @@ class RunLog:
 
     def __init__(self, folder, history):
         self.folder, self.drawn, self.failed, self.writer = folder, time.monotonic(), False, None
-        # TensorBoard's writer
+        # for TensorBoard, which writes in a thread
         threading.excepthook = lambda raised: self.attempt(self.fail, raised.exc_value)
         self.attempt(self.open, len(history))
         # a resumed run may have one row too many
@@ -568,8 +567,8 @@ def draw_curves(history, path):
     for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
         for prefix, label in curves.items():
-            axis.plot(epochs, [row[prefix + key] for row in history], label=label, marker="."
-                      if len(epochs) < 30 else "")
+            axis.plot(epochs, [row[prefix + key] for row in history], label=label,
+                      marker="." if len(epochs) < 30 else "")
         axis.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
         axis.set(title=title, xlabel="epoch")
         values = [row[prefix + key] for row in history for prefix in curves]
