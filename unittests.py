@@ -77,8 +77,7 @@ def workplace(tmp_path, monkeypatch):
 def fit(folder, *flags, epochs=2):
     """Train in this process; → metrics.csv as rows, test.json."""
     argv = [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", f"--epochs={epochs}",
-            "--batch_size=32",
-            "--log_dir=run", "--model=mlp", "--overwrite", *flags]
+            "--batch_size=32", "--log_dir=run", "--model=mlp", "--overwrite", *flags]
     train.main(argv)
     results = Path(*[flag.split("=")[1] for flag in flags if "results_dir" in flag] or ["results"]) / "run"
     with open(results / "metrics.csv") as file:
@@ -217,8 +216,7 @@ def test_a_model_of_zeros_costs_the_uniform_code(kind, levels, bits):
 
 
 @pytest.mark.parametrize("recon_loss,levels,bits", [("mse", 256, False), ("mse", 2, False),
-                                                    ("bce", 16, False),
-                                                    ("bce", 256, False), ("bce", 2, True),
+                                                    ("bce", 16, False), ("bce", 256, False), ("bce", 2, True),
                                                     ("categorical", 2, True)])
 def test_bits_per_dimension_only_for_likelihoods_of_discrete_pixels(recon_loss, levels, bits):
     images = levels_like((1, 8, 8), levels)
@@ -518,8 +516,7 @@ def test_images_of_every_kind_in_one_folder(tmp_path, capsys):
     for i, (mode, suffix) in enumerate([("L", "png"), ("RGB", "png"), ("RGBA", "png"), ("P", "png"),
                                         ("CMYK", "jpg"),
                                         ("I;16", "png"), ("L", "jpeg"), ("RGB", "webp"), ("L", "bmp"),
-                                        ("RGB", "tiff"),
-                                        ("L", "png"), ("L", "png")]):
+                                        ("RGB", "tiff"), ("L", "png"), ("L", "png")]):
         picture(tmp_path / "in" / f"{i:02d}.{suffix}", mode=mode, seed=i)
     (tmp_path / "in" / "empty.png").touch()
     whole = (tmp_path / "in" / "06.jpeg").read_bytes()
@@ -730,8 +727,7 @@ def test_free_bits_keep_the_kl_up(folder, workplace):
 
 def test_several_seeds(folder, workplace, capsys):
     train.main([f"--dataset={folder}", "--model=mlp", "--hidden_dims=16", "--epochs=1", "--seeds", "1", "2",
-                "3",
-                "--log_dir=many", "--results_dir=out/results", "--checkpoint_dir=out/checkpoints"])
+                "3", "--log_dir=many", "--results_dir=out/results", "--checkpoint_dir=out/checkpoints"])
     values = [json.loads((workplace / f"out/results/many/seed_{s}/test.json").read_text())["test_loss"]
               for s in (1, 2, 3)]
     with open(workplace / "out/results/many/seeds.csv") as file:
@@ -919,8 +915,7 @@ def test_more_epochs_continue_as_if_asked_for_at_once(folder, workplace, monkeyp
 def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypatch, capsys):
     def argv(name):
         return [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1", "--batch_size=32",
-                "--seeds", "4",
-                "5", "6", f"--log_dir={name}", "--overwrite"]
+                "--seeds", "4", "5", "6", f"--log_dir={name}", "--overwrite"]
     train.main(argv("whole"))
     with monkeypatch.context() as patch:
         stop_at(patch, 20)
@@ -1071,8 +1066,7 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many threads in both, or sums are rounded differently
     argv = ["--dataset", "glyphs", "--limit", "3000", "--model", "mlp", "--hidden_dims", "128", "--levels",
-            "2",
-            "--binarize", "stochastic", "--batch_size", "8", "--epochs", "12", "--save_every", "0.02"]
+            "2", "--binarize", "stochastic", "--batch_size", "8", "--epochs", "12", "--save_every", "0.02"]
     whole = start(*argv, "--log_dir", "whole")
     assert whole.communicate()[1] == ""
 
@@ -1337,7 +1331,8 @@ def test_gradients_of_two_and_three_processes_are_those_of_one(torchrun):
 def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder):
     def argv(name):
         return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--model=mlp",
-                "--batch_size=30", "--epochs=4", "--lr=3e-3", f"--log_dir={name}", "--levels=2", "--binarize=stochastic"]
+                "--batch_size=30", "--epochs=4", "--lr=3e-3", f"--log_dir={name}", "--levels=2",
+                "--binarize=stochastic"]
     for n, name in ((1, "one"), (2, "whole")):
         status, out, err = torchrun(n, "run", *argv(name))
         assert status == 0 and out.count("epoch 4/4") == 1, err
@@ -1586,11 +1581,9 @@ def test_a_damaged_checkpoint_is_reported_with_what_else_there_is(trained, workp
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workplace, capsys):
     status, error = outcome(train.main, ["--dataset", folder, "--lr", "1e30", "--model", "mlp", "--epochs",
-                                         "2",
-                                         "--log_dir", "run"], capsys)
+                                         "2", "--log_dir", "run"], capsys)
     assert status == 1 and all(part in error for part in ("epoch 1", "after step", "not finite", "--lr",
-                                                          "1e+30",
-                                                          "beta 1"))
+                                                          "1e+30", "beta 1"))
     # it ended before there was anything to keep
     assert {path.name for path in workplace.iterdir()} <= {"data"}
     fit(folder, epochs=1)
@@ -1611,8 +1604,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workp
 @pytest.mark.parametrize("kind,bound", [("mlp", 110), ("cnn", 105)])
 def test_mnist_in_five_epochs(kind, bound, workplace):
     train.main(["--dataset=mnist", f"--data_dir={HERE / 'data'}", "--levels=2", f"--model={kind}",
-                "--epochs=5",
-                "--log_dir=run"])
+                "--epochs=5", "--log_dir=run"])
     best = utils.load_checkpoint(workplace / "checkpoints/run/best.pt")
     assert best["best"] < bound and best["data"]["shape"] == [1, 28, 28]
 
