@@ -40,7 +40,7 @@ def parse_args(argv=None):
                         help="(default: 128 512)")
     parser.add_argument("--images", type=number(int, 1), default=12_800, metavar="N",
                         help="images in a pass (default: %(default)s)")
-    parser.add_argument("--repeats", type=number(int, 1), default=9, metavar="N",
+    parser.add_argument("--repeats", type=number(int, 1), default=15, metavar="N",
                         help="passes of each kind (default: %(default)s)")
     parser.add_argument("--baseline", action="store_true",
                         help="also the plain way: torchvision's dataset, ToTensor, DataLoader, fp32; and "
