@@ -62,7 +62,7 @@ def measure(argv, images, repeats, baseline):
     trained = train.prepared(model, data, args)
     state = {"epoch": 0, "step": 0, "sums": train.no_sums(args.device)}
     batch, labels = data.train.batch(torch.arange(batch_size), args.seed, "binarize")
-    noise = normal((batch_size, args.latent_size), device, args.seed, "noise")
+    noise = normal(train.noise_shape(batch_size, args), device, args.seed, "noise")
 
     def epoch():
         train.train_epoch(trained, data, optimizer, args, state, args.target_beta_val, time.monotonic)
@@ -148,7 +148,7 @@ def plain_epoch(model, loader, args, optimizer=None):
     total = 0.0
     for images, labels in loader:
         images = quantize((images.to(args.device) * 255).byte(), args.levels)
-        noise = torch.randn(len(images), args.latent_size, device=args.device)
+        noise = torch.randn(train.noise_shape(len(images), args), device=args.device)
         rec, kl, _ = model(images, labels.to(args.device), noise)
         loss = rec + args.target_beta_val * kl
         if optimizer:

@@ -1,4 +1,4 @@
-"""Turn a checkpoint into pictures: python infer.py --ckpt checkpoints/NAME/best.pt"""
+"""Turn a checkpoint into pictures, or measure it: python infer.py --ckpt checkpoints/NAME/best.pt"""
 
 import math
 import re
@@ -7,14 +7,17 @@ from pathlib import Path
 
 import torch
 
+from tqdm import tqdm
+
 from data import load
-from model import build
-from utils import (ArgumentParser, UserError, call, default_device, device_type, interleave, load_checkpoint,
-                   number, one_line, save_grid, save_picture, stream, visualize_manifold)
+from model import VAE, build
+from utils import (KLD, ArgumentParser, UserError, active_units, call, default_device, device_type,
+                   elbo_to_bpd, interleave, load_checkpoint, moments, normal, number, one_line, save_grid,
+                   save_picture, stream, visualize_manifold, write_json)
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Turn a checkpoint into pictures, in results/<run>/.")
+    parser = ArgumentParser(description="Turn a checkpoint into pictures, or measure it, in results/<run>/.")
     default = "(default: %(default)s)"
     parser.add_argument("--ckpt", type=Path, metavar="FILE",
                         help="(default: the newest checkpoints/**/best.pt)")
@@ -31,6 +34,12 @@ def parse_args(argv=None):
                         help=f"scales the prior's standard deviation {default}")
     parser.add_argument("--classes", nargs="+", metavar="NAME",
                         help="of a conditional model: only these (default: all)")
+    parser.add_argument("--evaluate", action="store_true",
+                        help="measure the model on the test images in place of drawing (default: draw)")
+    parser.add_argument("--iw_samples", type=number(int, 1), default=500, metavar="K",
+                        help=f"with --evaluate: latents an image for the likelihood {default}")
+    parser.add_argument("--limit", type=number(int, 1), metavar="N",
+                        help="with --evaluate: of a fixed random N of the test images (default: all)")
     parser.add_argument("--seed", type=number(int, 0), default=1, metavar="N", help=default)
     parser.add_argument("--device", type=device_type, default=default_device(), help=default)
     args = parser.parse_args(argv)
@@ -56,7 +65,7 @@ def restore(path, device):
     state = load_checkpoint(path)
     try:
         model = build(state["args"], state["data"])
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state.get("ema") or state["model"])
         for name in ("results_dir", "dataset", "data_dir", "image_size", "levels", "binarize", "transform"):
             state["args"][name]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -167,6 +176,82 @@ PICTURES = {"samples": samples, "reconstructions": reconstructions, "interpolati
 NEED_DATA = {"reconstructions", "interpolations"}
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def evaluate(model, data, args):
+    """The figures of evaluation.json, means over test images. In nats an image: the negative ELBO, its two
+    parts, and the negative log-likelihood by importance sampling (Burda et al. 2016, eq. 8), each with
+    iw_samples latents an image; squared errors are on [0, 1]. None where a figure does not apply.
+    """
+    order = torch.randperm(len(data.test), generator=stream("evaluate"))[:args.limit]
+    is_vae, bounded = isinstance(model, VAE), isinstance(model, VAE) and model.is_likelihood
+    k, rows = args.iw_samples if bounded else 1, max(1, 2**20 // math.prod(model.shape))
+    embedded, sums = [], {"rec": [], "kl": [], "iw_nll": [], "squared_error": []}
+    with tqdm(total=len(order), desc="evaluating", unit=" images", disable=None) as bar:
+        for which, index in enumerate(order.split(max(1, rows // k))):
+            images, labels = data.test.batch(index)
+            embedded.append(model.embed(images, labels))
+            params = model.decode(embedded[-1], labels)
+            error = images / (data.levels - 1) - model.mean_image(params)
+            sums["squared_error"].append(error.double().square().flatten(1).sum(1))
+            if is_vae:
+                noise = normal((len(index), k, model.latent_size), args.device, args.seed, "evaluate", which)
+                parts = [model.weigh(images, labels, part) for part in noise.split(rows, 1)]
+                rec, ratio = (torch.cat(part, 1).double() for part in zip(*parts))
+                sums["rec"].append(rec.mean(1))
+                sums["kl"].append(KLD(*model.encode(images, labels)).double())
+                sums["iw_nll"].append(math.log(k) - torch.logsumexp(-rec - ratio, 1))
+            else:
+                sums["rec"].append(model.reconstruction_loss(params, images).double())
+            bar.update(len(index))
+    each = {name: torch.cat(parts) for name, parts in sums.items() if parts}
+    figures = dict.fromkeys(("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples",
+                             "active_units", "squared_error", "psnr", "pca_squared_error", "images"))
+    figures |= {"rec": each["rec"].mean().item(), "images": len(order)}
+    if is_vae:
+        figures["kl"] = each["kl"].mean().item()
+        if len(order) >= 20:  # fewer cannot tell a variance
+            figures["active_units"] = active_units(torch.cat(embedded))
+    if bounded:
+        neg_elbo = figures["rec"] + figures["kl"]
+        figures |= {"neg_elbo": neg_elbo, "bpd": elbo_to_bpd(neg_elbo, (1, *model.shape)),
+                    "iw_nll": each["iw_nll"].mean().item(), "iw_samples": k,
+                    "iw_nll_se": each["iw_nll"].std().item() / math.sqrt(len(order))}
+    else:
+        error = each["squared_error"].mean().item()
+        figures |= {"squared_error": error, "psnr": -10 * math.log10(error / math.prod(model.shape)),
+                    "pca_squared_error": pca_squared_error(data, order, model.latent_size)}
+    return figures
+
+
+def pca_squared_error(data, order, components):
+    """The squared error on [0, 1] of an image of the test split at `order` that principal components of the
+    training images leave: no linear autoencoder does better on those.
+    """
+    def images(split, order):
+        for index in order.split(1000):
+            yield split.batch(index, "pca")[0].flatten(1) / (data.levels - 1)
+    mean, covariance = moments(images(data.train, torch.arange(len(data.train))), math.prod(data.shape))
+    basis = torch.linalg.eigh(covariance)[1][:, -components:]  # in ascending order
+    error = 0.0
+    for x in images(data.test, order):
+        centred = x.double() - mean
+        error += (centred - centred @ basis @ basis.T).square().sum().item()
+    return error / len(order)
+
+
+def read_data(args, trained, about):
+    """The dataset of a checkpoint. Raises UserError where it is another one, or not on this machine."""
+    data = load(args.dataset or trained["dataset"], args.data_dir or trained["data_dir"],
+                trained["image_size"], trained["levels"], trained["binarize"], trained["transform"],
+                device=args.device, download=False)
+    if any(data.about()[name] != about[name] for name in ("shape", "levels", "classes")):
+        raise UserError(f"{args.dataset or trained['dataset']} is not what the model was trained on: "
+                        f"{about['shape']}, classes {about['classes']}")
+    return data
+
+
 @torch.no_grad()
 def main(argv=None):
     args = parse_args(argv)
@@ -178,23 +263,27 @@ def main(argv=None):
     if args.conditional:
         chosen_classes(args, about)  # a class that does not exist ends it before anything is drawn
 
-    split = None
-    if NEED_DATA & set(args.only):
+    data = None
+    if args.evaluate or NEED_DATA & set(args.only):
         try:
-            data = load(args.dataset or trained["dataset"], args.data_dir or trained["data_dir"],
-                        trained["image_size"], trained["levels"], trained["binarize"], trained["transform"],
-                        device=args.device, download=False)
-            if any(data.about()[name] != about[name] for name in ("shape", "levels", "classes")):
-                raise UserError(f"{args.dataset or trained['dataset']} is not what the model was trained on: "
-                                f"{about['shape']}, classes {about['classes']}")
-            split = data.test
+            data = read_data(args, trained, about)
         except (UserError, OSError) as error:
+            if args.evaluate:
+                raise
             left_out = [name for name in args.only if name in NEED_DATA]
             args.only = [name for name in args.only if name not in NEED_DATA]
             print(f"left out {', '.join(left_out)}: {error}", file=sys.stderr)
 
     folder = Path(args.results_dir or trained["results_dir"]) / trained["log_dir"]
     folder.mkdir(parents=True, exist_ok=True)
+    if args.evaluate:
+        figures = evaluate(model, data, args)
+        for name, value in figures.items():
+            if value is not None:
+                print(f"{name:18s} {value:,}" if isinstance(value, int) else f"{name:18s} {value:.4f}")
+        write_json(folder / "evaluation.json", figures)
+        print(folder / "evaluation.json")
+        return
 
     def save(images, name, nrow, caption):
         path, caption = folder / f"{name}.png", f"{trained['log_dir']}: {caption}"
@@ -202,7 +291,7 @@ def main(argv=None):
         print(path)
 
     for name in args.only:
-        reason = PICTURES[name](model, about, split, args, save)
+        reason = PICTURES[name](model, about, data and data.test, args, save)
         if reason:
             print(f"left out {name}: {reason}", file=sys.stderr)
 

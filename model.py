@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import KLD, elbo_to_bpd, sample_reparameterize
+from utils import KLD, elbo_to_bpd, moments, sample_reparameterize
 
 DEFAULT_LOSS = {2: "bce", 16: "categorical", 256: "mse"}  # by levels
 
@@ -116,7 +116,7 @@ class AE(nn.Module):
 
     shape: (C, H, W), any from 8×8 up; levels: how many values a pixel has
     recon_loss: mse, bce (Bernoulli, with soft targets where levels > 2), categorical (a softmax over the
-        levels), or None for the one that fits the levels
+        levels), logistic (discretised, its scale learned), or None for the one that fits the levels
     num_classes: for ConditionalVAE
     """
 
@@ -128,7 +128,7 @@ class AE(nn.Module):
         super().__init__()
         self.shape, self.levels, self.latent_size = tuple(shape), levels, latent_size
         self.recon_loss = recon_loss or DEFAULT_LOSS[levels]
-        channels = shape[0] * (levels if self.recon_loss == "categorical" else 1)
+        channels = shape[0] * {"categorical": levels, "logistic": 2}.get(self.recon_loss, 1)
         seen = (shape[0] + bool(num_classes), *shape[1:])
         outputs, inputs = self.codes * latent_size, latent_size + num_classes
         if model == "mlp":
@@ -164,17 +164,36 @@ class AE(nn.Module):
         """-log p(x|z) of each image in nats (for mse the squared error on the scale [-1, 1]), summed over
         pixels.
 
-        params: [B, K·C, H, W], logits (for mse the mean is their tanh); images: integer levels [B, C, H, W] →
-        [B]
+        params: [B, K·C, H, W], logits (for mse the mean is their tanh; for logistic they are means and log
+        scales on [-1, 1]); images: integer levels [B, C, H, W] → [B]
         """
         if self.recon_loss == "mse":
             loss = (params.tanh() - self.normalize(images)) ** 2
         elif self.recon_loss == "bce":
             targets = images.to(params.dtype) / (self.levels - 1)
             loss = F.binary_cross_entropy_with_logits(params, targets, reduction="none")
+        elif self.recon_loss == "logistic":
+            loss = -self.log_mass(params, images)
         else:
             loss = F.cross_entropy(self.by_level(params), images.long(), reduction="none")
         return loss.flatten(1).sum(1)
+
+    def logistic(self, params):
+        """→ mean, log scale, each [B, C, H, W]; scales stay within 0.0009 … 1097."""
+        mean, log_scale = params.chunk(2, dim=1)
+        return mean, log_scale.clamp(-7, 7)
+
+    def log_mass(self, params, images):
+        """log P(level) of a logistic distribution that is cut into bins around the levels; the first and the
+        last bin reach to infinity (Salimans et al. 2017, eq. 2, one component).
+        """
+        mean, log_scale = self.logistic(params)
+        centre, half, rate = self.normalize(images) - mean, 1 / (self.levels - 1), torch.exp(-log_scale)
+        upper, lower = rate * (centre + half), rate * (centre - half)
+        # σ(upper) - σ(lower) = σ(upper) σ(-lower) (1 - exp(lower - upper)), where nothing cancels
+        first, last = images == 0, images == self.levels - 1
+        return torch.where(last, 0, F.logsigmoid(upper)) + torch.where(first, 0, F.logsigmoid(-lower)) \
+            + torch.where(first | last, 0, torch.log(-torch.expm1(-2 * half * rate)))
 
     def by_level(self, params):
         """[B, K·C, H, W] → [B, K, C, H, W]."""
@@ -185,7 +204,8 @@ class AE(nn.Module):
         """Whether the reconstruction loss is a likelihood of discrete pixels, so that bits/dim mean
         something.
         """
-        return self.recon_loss == "categorical" or (self.recon_loss == "bce" and self.levels == 2)
+        return self.recon_loss in ("categorical", "logistic") or (self.recon_loss == "bce" and
+                                                                  self.levels == 2)
 
     def mean_image(self, params):
         """The expected pixels in [0, 1], [B, C, H, W]."""
@@ -193,6 +213,10 @@ class AE(nn.Module):
             return (params.tanh() + 1) / 2
         if self.recon_loss == "bce":
             return params.sigmoid()
+        if self.recon_loss == "logistic":  # the sum over all edges between levels of P(above the edge)
+            mean, log_scale = self.logistic(params)
+            edges = [(2 * level - 1) / (self.levels - 1) - 1 for level in range(1, self.levels)]
+            return sum(torch.sigmoid((mean - edge) * torch.exp(-log_scale)) for edge in edges) / len(edges)
         levels = torch.linspace(0, 1, self.levels, dtype=params.dtype, device=params.device)
         return torch.einsum("bkchw,k->bchw", self.by_level(params).softmax(1), levels)
 
@@ -205,6 +229,10 @@ class AE(nn.Module):
         uniform = torch.rand(len(params), 1, *self.shape, generator=generator).to(params.device)
         if self.recon_loss == "bce":
             return (uniform[:, 0] < params.sigmoid()).byte()
+        if self.recon_loss == "logistic":
+            mean, log_scale = self.logistic(params)
+            x = mean + log_scale.exp() * torch.logit(uniform[:, 0], eps=1e-7)
+            return ((x + 1) / 2 * (self.levels - 1)).round().clamp(0, self.levels - 1).byte()
         below = self.by_level(params).softmax(1).cumsum(1)[:, :-1]  # inverse of the cumulative distribution
         return (uniform > below).sum(1).byte()
 
@@ -232,17 +260,7 @@ class AE(nn.Module):
         total: adds up a tensor over processes, each of which has its own batches
         Raises FloatingPointError where a z is not finite.
         """
-        sums = torch.zeros(self.latent_size + 1, self.latent_size + 1, dtype=torch.float64)
-        for images in batches:  # the second moments of (z, 1): those of z, its sum and the number of images
-            z = F.pad(self.embed(images), (0, 1), value=1.0)
-            z = (z.cpu() if z.device.type == "mps" else z).double()
-            sums = sums.to(z.device) + z.T @ z
-        sums = total(sums)
-        if not sums.isfinite().all():
-            raise FloatingPointError
-        moments = sums / sums[-1, -1]
-        mean = moments[-1, :-1]
-        covariance = moments[:-1, :-1] - mean.outer(mean)
+        mean, covariance = moments((self.embed(images) for images in batches), self.latent_size, total)
         ridge = 1e-6 * covariance.diagonal().mean() + 1e-12  # unused dimensions have no variance
         self.prior_mean.copy_(mean)
         self.prior_scale.copy_(torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean)).to(mean)))
@@ -275,14 +293,16 @@ class VAE(AE):
 
     free_bits: the nats below which an image's KL in a latent dimension is not pushed any further (Kingma et
         al. 2016, here for each image)
+    iw_train: K of the importance-weighted bound of Burda et al. 2016, which `forward` then gives in place of
+        the ELBO; 0 for the ELBO
     """
 
     codes = 2  # mean and log_std
     prior_name = "the prior"
 
-    def __init__(self, *args, free_bits=0.0, **kwargs):
+    def __init__(self, *args, free_bits=0.0, iw_train=0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.free_bits = free_bits
+        self.free_bits, self.iw_train = free_bits, iw_train
 
     def encode(self, images, labels=None):
         """Integer levels [B, C, H, W] → mean, log_std of q(z|x), each [B, D]."""
@@ -299,7 +319,25 @@ class VAE(AE):
     def to_prior(self, noise):
         return noise
 
+    def weigh(self, images, labels, noise):
+        """Of K latents of each image, noise ~ N(0, I) [B, K, D]: -log p(x|z) and log q(z|x) - log p(z), in
+        nats, each [B, K]. Minus their sum is the log of an importance weight.
+        """
+        mean, log_std = (code[:, None] for code in self.encode(images, labels))
+        z, k = sample_reparameterize(mean, log_std.exp(), noise), noise.shape[1]
+        params = self.decode(z.flatten(0, 1), None if labels is None else labels.repeat_interleave(k))
+        rec = self.reconstruction_loss(params, images.repeat_interleave(k, 0)).view(-1, k)
+        return rec, ((z ** 2 - noise ** 2) / 2 - log_std).sum(-1)
+
     def forward(self, images, labels=None, noise=None):
+        """As AE.forward. With iw_train the noise is [B, K, D], and L_rec + L_reg the negative bound of K
+        latents, L_rec the mean over them.
+        """
+        if self.iw_train:
+            rec, ratio = self.weigh(images, labels, noise)
+            bound = math.log(self.iw_train) - torch.logsumexp(-rec - ratio, 1)
+            rec, bound = rec.mean(), bound.mean()
+            return rec, bound - rec, elbo_to_bpd(bound.detach(), images.shape) if self.is_likelihood else None
         mean, log_std = self.encode(images, labels)
         z = sample_reparameterize(mean, log_std.exp(), noise)
         rec = self.reconstruction_loss(self.decode(z, labels), images)  # [B]
@@ -343,6 +381,7 @@ def build(args, data):
     common |= {"shape": data["shape"], "levels": data["levels"]}
     if args["loss_mode"] == "ae":
         return AE(**common)
+    common |= {name: args[name] for name in ("free_bits", "iw_train")}
     if args["conditional"]:
-        return ConditionalVAE(**common, free_bits=args["free_bits"], num_classes=len(data["classes"]))
-    return VAE(**common, free_bits=args["free_bits"])
+        return ConditionalVAE(**common, num_classes=len(data["classes"]))
+    return VAE(**common)

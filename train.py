@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import io
 import math
 import re
@@ -23,9 +24,9 @@ from data import DATASETS, load
 from model import DEFAULT_LOSS, build
 from utils import (LOCAL_RANK, RANK, WORLD, ArgumentParser, RunLog, Signals, UserError, active_units,
                    all_finite, beta_schedule, call, default_device, default_precision, device_type,
-                   interleave, load_checkpoint, locked, normal, number, one_line, processes, run_name,
-                   save_checkpoint, save_grid, say, share, shared, stream, stream_seed, total, write_csv,
-                   write_json)
+                   interleave, load_checkpoint, locked, lr_schedule, normal, number, one_line, processes,
+                   run_name, save_checkpoint, save_grid, say, share, shared, stream, stream_seed, total,
+                   write_csv, write_json)
 
 WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
 
@@ -64,7 +65,7 @@ def parse_args(argv=None):
                        help=f"cnn: channels of the first level; the second has 4 N, all others 8 N {default}")
 
     objective = parser.add_argument_group("objective")
-    objective.add_argument("--recon_loss", choices=("mse", "bce", "categorical"),
+    objective.add_argument("--recon_loss", choices=("mse", "bce", "categorical", "logistic"),
                            help="(default: by levels, 2 bce, 16 categorical, 256 mse)")
     objective.add_argument("--target_beta_val", type=number(float, 0), default=1.0, metavar="BETA",
                            help=f"weight of the KL {default}")
@@ -72,6 +73,9 @@ def parse_args(argv=None):
                            help=f"how beta goes to its target over the epochs {default}")
     objective.add_argument("--free_bits", type=number(float, 0), default=0.0, metavar="NATS",
                            help=f"an image's KL in a latent dimension counts as at least this {default}")
+    objective.add_argument("--iw_train", type=number(int, 0), default=0, metavar="K",
+                           help="train on the importance-weighted bound of K latents an image (default: 0, "
+                                "the ELBO)")
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", "--user_epochs", type=number(int, 1), default=20, metavar="N",
@@ -79,6 +83,11 @@ def parse_args(argv=None):
     optimisation.add_argument("--batch_size", type=number(int, 1), default=128, metavar="N", help=default)
     optimisation.add_argument("--lr", type=number(float, 0, above=True), default=1e-3, metavar="LR",
                               help=f"AdamW's learning rate {default}")
+    optimisation.add_argument("--lr_schedule", choices=("constant", "cosine"), default="constant",
+                              help=f"cosine: up from 0 within the first steps, then down to 0 {default}")
+    optimisation.add_argument("--ema", type=number(float, 0), default=0.0, metavar="DECAY",
+                              help="judge and draw with a moving average of the weights, of this decay, such "
+                                   "as 0.999 (default: 0, off)")
     optimisation.add_argument("--weight_decay", type=number(float, 0), default=0.0, metavar="W",
                               help=f"AdamW's decoupled weight decay {default}")
     optimisation.add_argument("--grad_clip", type=number(float, 0), default=0.0, metavar="NORM",
@@ -137,6 +146,15 @@ def parse_args(argv=None):
             parser.error("argument --conditional: goes with --loss_mode vae, not ae")
         if args.free_bits:
             parser.error("argument --free_bits: goes with --loss_mode vae, not ae, which has no KL")
+        if args.iw_train:
+            parser.error("argument --iw_train: goes with --loss_mode vae, not ae")
+    if args.ema >= 1:
+        parser.error(f"argument --ema: {args.ema:g} is not allowed, only a number below 1, such as 0.999")
+    if args.iw_train:
+        for name, alone in (("target_beta_val", 1), ("beta_mode", "constant"), ("free_bits", 0)):
+            if vars(args)[name] != alone:
+                parser.error(f"argument --{name}: {vars(args)[name]} does not go with --iw_train, whose "
+                             "bound has no weight to set")
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error(f"argument --seeds: {' '.join(map(str, args.seeds))} names a seed twice")
     args.recon_loss = args.recon_loss or DEFAULT_LOSS[args.levels]
@@ -170,8 +188,9 @@ def resume_args(parser, defaults, given):
     began = {**defaults, "precision": "fp32", **resumed["args"], "resume": None, "overwrite": False,
              "progress_bar": defaults["progress_bar"]}
     args, before = Namespace(**{**began, **given}), began["epochs"]
-    if args.epochs < before or (args.epochs > before and args.beta_mode != "constant"):
-        allowed = "or more" if args.beta_mode == "constant" else "on which --beta_mode depends"
+    depends = [f"--{name}" for name in ("beta_mode", "lr_schedule") if began[name] != "constant"]
+    if args.epochs < before or (args.epochs > before and depends):
+        allowed = f"on which {depends[0]} depends" if depends else "or more"
         parser.error(f"argument --epochs: {args.epochs} is not allowed with --resume, only "
                      f"{before} {allowed}")
     try:
@@ -199,9 +218,11 @@ def resume_args(parser, defaults, given):
 # ------------------------------------------------------------------------------------------------------------
 # The two loops
 
-def train_epoch(model, data, optimizer, args, state, beta, tick):
+def train_epoch(model, data, optimizer, args, state, beta, tick, ema=None):
     """The rest of one pass over the training images in a new order → the pass's mean rec, kl, bpd (see
     AE.forward).
+
+    ema: a model that follows this one, its weights a moving average
 
     Counts steps in state["step"] and adds up the means' sums in state["sums"], so that it can stop after any
     step (where `tick` raises or the process dies) and go on from the same one.
@@ -212,6 +233,7 @@ def train_epoch(model, data, optimizer, args, state, beta, tick):
     epoch, steps = state["epoch"], -(-len(data.train) // args.batch_size)
     done = state["step"] - epoch * steps
     order = torch.randperm(len(data.train), generator=stream(args.seed, "order", epoch))
+    lr_of = learning_rate(args, data)
     for images, labels, noise, count, n in tqdm(batches(data.train, order, args, "train", epoch, first=done),
                                                 f"epoch {epoch + 1}", steps, initial=done, leave=False,
                                                 disable=not args.progress_bar):
@@ -227,7 +249,10 @@ def train_epoch(model, data, optimizer, args, state, beta, tick):
         loss.backward()
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        optimizer.param_groups[0]["lr"] = lr_of(state["step"])
         optimizer.step()
+        if ema:
+            follow(ema, model, min(args.ema, (1 + state["step"]) / (10 + state["step"])))
         state["sums"] = add_up(state["sums"], terms, count)
         state["step"] += 1
         tick()
@@ -266,10 +291,26 @@ def batches(split, order, args, *key, first=0):
         images, labels = split.batch(chunk, args.seed, "binarize", *key, which, part=part)
         noise = [None] * len(left)
         if args.loss_mode == "vae":
-            shape = len(chunk), args.latent_size
+            shape = noise_shape(len(chunk), args)
             noise = normal(shape, args.device, args.seed, "noise", *key, which)[part].split(sizes)
         counts = [count for _, count in parts]
         yield from zip(images.split(sizes), labels.split(sizes), noise, counts, map(len, left))
+
+
+def noise_shape(n, args):
+    """Of n images, for one latent each or for the iw_train of them."""
+    return n, *[args.iw_train] * bool(args.iw_train), args.latent_size
+
+
+def learning_rate(args, data):
+    """→ a function of the number of steps already taken."""
+    return lr_schedule(args.lr_schedule, args.lr, args.epochs * -(-len(data.train) // args.batch_size))
+
+
+@torch.no_grad()
+def follow(ema, model, decay):
+    """A step of an exponential moving average of weights."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def multiply_in_tf32(yes):
@@ -305,7 +346,8 @@ def run(args, data, resumed, signals):
     resumed: the checkpoint from which to go on, as `verified` gives it; None starts anew
     """
     check(args, data, resumed)
-    model, optimizer, state = begin(args, data, resumed)
+    model, ema, optimizer, state = begin(args, data, resumed)
+    judged = ema or model  # what is validated, drawn and tested
     trained = prepared(model, data, args)
     beta_of = beta_schedule(args.beta_mode, args.target_beta_val, args.epochs)
     with claimed(args, resumed) as (results, checkpoints):
@@ -317,25 +359,25 @@ def run(args, data, resumed, signals):
         if state["history"] and not shared(lambda: is_whole(checkpoints / "best.pt")):
             lost(args, state, checkpoints)
         log = RunLog(results, state["history"])
-        keeper = Keeper(args, data, model, optimizer, state, checkpoints, signals)
+        keeper = Keeper(args, data, model, ema, optimizer, state, checkpoints, signals)
         try:
             if state["epoch"] < args.epochs and RANK == 0:
                 (results / "test.json").unlink(missing_ok=True)  # of fewer epochs
             while state["epoch"] < args.epochs:
                 beta = beta_of(state["epoch"])
-                row = run_epoch(model, trained, data, optimizer, args, state, beta, keeper.tick)
+                row = run_epoch(trained, ema, judged, data, optimizer, args, state, beta, keeper.tick)
                 row["seconds"] = keeper.lap()
                 improved = row["val_loss"] < state["best"]
                 state |= {"epoch": row["epoch"], "sums": no_sums(args.device),
                           "best": min(state["best"], row["val_loss"]), "history": [*state["history"], row]}
-                log.epoch(state["history"], lambda: draw_epoch(model, data, args, row["epoch"], results))
+                log.epoch(state["history"], lambda: draw_epoch(judged, data, args, row["epoch"], results))
                 # In this order: killed between the two, the run goes on from the old last.pt and writes both
                 # again.
                 keeper.save(*["best.pt"] * improved, "last.pt")
                 print_epoch(row, args, improved)
             best = shared(lambda: load_checkpoint(checkpoints / "best.pt"))
-            model.load_state_dict(best["model"])
-            test = {"epoch": best["epoch"], **test_figures(model, data, args, keeper.tick)}
+            judged.load_state_dict(best["ema"] or best["model"])
+            test = {"epoch": best["epoch"], **test_figures(judged, data, args, keeper.tick)}
         except FloatingPointError:
             whole = [path.as_posix() for path in sorted(checkpoints.glob("*.pt")) if is_whole(path)]
             epoch = min(state["epoch"] + 1, args.epochs)
@@ -353,21 +395,24 @@ def run(args, data, resumed, signals):
 
 
 def begin(args, data, resumed):
-    """→ the model, its optimiser and the state of the run, as they are at the start or in the checkpoint."""
+    """→ the model, its average (None without --ema), the optimiser and the state of the run, as they are at
+    the start or in the checkpoint.
+    """
     if resumed and resumed["processes"] == WORLD:
         torch.set_num_threads(resumed["threads"])  # another number would add up in another order
     torch.backends.cudnn.deterministic = True  # else the same step may end in another last bit
     torch.manual_seed(stream_seed(args.seed, "weights"))
     model, optimizer = build_both(args, data.about())
+    ema = copy.deepcopy(model) if args.ema else None
     state = {"epoch": 0, "step": 0, "sums": no_sums("cpu"), "best": math.inf, "history": [], "elapsed": 0.0}
     if resumed:
-        restore(model, optimizer, resumed)
+        restore(model, ema, optimizer, resumed)
         state = {name: resumed[name] for name in state}
         # each process goes on with its own sums; where there are more or fewer of them, the first has all
         state["sums"] = state["sums"][RANK] if len(state["sums"]) == WORLD else \
             state["sums"].sum(0) * (RANK == 0)
     state["sums"] = state["sums"].to(args.device)
-    return model, optimizer, state
+    return model, ema, optimizer, state
 
 
 def lost(args, state, checkpoints):
@@ -384,8 +429,9 @@ def lost(args, state, checkpoints):
 class Keeper:
     """Saves a run when it is time to, and when a signal asks for it."""
 
-    def __init__(self, args, data, model, optimizer, state, folder, signals):
-        self.args, self.data, self.model, self.optimizer, self.state = args, data, model, optimizer, state
+    def __init__(self, args, data, model, ema, optimizer, state, folder, signals):
+        self.args, self.data, self.model, self.ema = args, data, model, ema
+        self.optimizer, self.state = optimizer, state
         self.folder, self.signals, self.ticks = folder, signals, 0
         self.saved = time.monotonic()
         self.start = self.saved - state["elapsed"]  # of the epoch
@@ -400,9 +446,10 @@ class Keeper:
         sums[RANK] = self.state["sums"]
         content = {"args": vars(self.args), "data": self.data.about(), "threads": torch.get_num_threads(),
                    "processes": WORLD, "model": self.model.state_dict(),
-                   "optimizer": self.optimizer.state_dict(), **self.state, "sums": total(sums),
+                   "ema": self.ema and self.ema.state_dict(),
+                   "optimizer": self.optimizer.state_dict()["state"], **self.state, "sums": total(sums),
                    "elapsed": time.monotonic() - self.start}
-        if not all_finite([content["model"], content["optimizer"], content["sums"]]):
+        if not all_finite([content[part] for part in ("model", "ema", "optimizer", "sums")]):
             raise FloatingPointError
         for name in names if RANK == 0 else ():
             save_checkpoint(self.folder / name, content)
@@ -438,7 +485,7 @@ def prepared(model, data, args):
     def rehearse(model):
         images = torch.zeros(len(range(0, min(args.batch_size, len(data.train)), WORLD)), *data.shape,
                              dtype=torch.uint8, device=args.device)
-        noise = None if args.loss_mode == "ae" else torch.zeros(len(images), args.latent_size,
+        noise = None if args.loss_mode == "ae" else torch.zeros(noise_shape(len(images), args),
                                                                 device=args.device)
         for _ in range(2):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -483,10 +530,12 @@ def build_both(args, about):
                                     fused=torch.device(args.device).type != "mps")
 
 
-def restore(model, optimizer, resumed):
+def restore(model, ema, optimizer, resumed):
     """Put a checkpoint's tensors in their places. Raises some exception or other where they do not fit."""
     model.load_state_dict(resumed["model"])
-    moments = resumed["optimizer"]["state"]
+    if ema:
+        ema.load_state_dict(resumed["ema"])
+    moments = resumed["optimizer"]  # without its settings, which are the arguments'
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for i, parameter in enumerate(model.parameters() if resumed["step"] else ()):
         for name in ("exp_avg", "exp_avg_sq"):
@@ -500,7 +549,8 @@ def verified(path):
     """
     state = load_checkpoint(path)
     try:
-        restore(*build_both(Namespace(**{**state["args"], "device": "cpu"}), state["data"]), state)
+        model, optimizer = build_both(Namespace(**{**state["args"], "device": "cpu"}), state["data"])
+        restore(model, copy.deepcopy(model) if state["args"]["ema"] else None, optimizer, state)
         for name, kind in {"epoch": int, "step": int, "threads": int, "sums": torch.Tensor, "history": list,
                            "best": float, "elapsed": float, "processes": int}.items():
             if not isinstance(state[name], kind):
@@ -520,18 +570,19 @@ def is_whole(path):
         return False
 
 
-def run_epoch(model, trained, data, optimizer, args, state, beta, tick):
+def run_epoch(trained, ema, judged, data, optimizer, args, state, beta, tick):
     """Train, validate → a row of metrics.csv, but for its seconds.
 
-    trained: the model as `prepared` made it
+    trained: the model as `prepared` made it; judged: its average `ema`, or where there is none the model
     """
-    train = figures(args, train_epoch(trained, data, optimizer, args, state, beta, tick))
-    val = figures(args, test_epoch(model, data.val, args, "val", tick))
+    train = figures(args, train_epoch(trained, data, optimizer, args, state, beta, tick, ema))
+    val = figures(args, test_epoch(judged, data.val, args, "val", tick))
     if args.loss_mode == "ae":
         order = torch.arange(len(data.train))
         parts = batches(data.train, order, args, "prior", state["epoch"])
-        model.fit_prior((images for images, _, _, count, _ in parts if count), total)
-    return {"epoch": state["epoch"] + 1, "beta": beta if args.loss_mode == "vae" else None, "lr": args.lr,
+        judged.fit_prior((images for images, _, _, count, _ in parts if count), total)
+    return {"epoch": state["epoch"] + 1, "beta": beta if args.loss_mode == "vae" else None,
+            "lr": learning_rate(args, data)(state["step"] - 1),
             **{f"train_{name}": value for name, value in train.items()},
             **{f"val_{name}": value for name, value in val.items()}}
 

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -149,6 +150,23 @@ def test_beta_schedules():
         assert betas[0] == 0 and betas[-1] == max(betas) == 1
 
 
+def test_learning_rate_schedules():
+    assert [utils.lr_schedule("constant", 0.5, 10)(step) for step in (0, 9)] == [0.5, 0.5]
+    cosine = utils.lr_schedule("cosine", 0.5, 1000)
+    assert [cosine(step) for step in (0, 4, 9)] == pytest.approx([0.05, 0.25, 0.5], rel=1e-3)
+    assert [cosine(step) for step in (250, 500, 1000)] == pytest.approx([0.25 + 0.25 * 0.5 ** 0.5, 0.25, 0])
+    assert utils.lr_schedule("cosine", 0.5, 3)(0) == 0.5
+    with pytest.raises(ValueError, match="cosine"):
+        utils.lr_schedule("linear", 1, 1)
+
+
+def test_moments_are_those_of_numpy():
+    x = double(50, 4) + torch.arange(4)
+    mean, covariance = utils.moments(x.float().split(20), 4)
+    assert mean.numpy() == pytest.approx(x.numpy().mean(0), abs=1e-6)
+    assert covariance.numpy() == pytest.approx(np.cov(x.numpy().T, bias=True), abs=1e-6)
+
+
 def test_manifold_is_decoded_at_the_percentiles():
     seen = []
 
@@ -196,6 +214,99 @@ def test_reconstruction_loss_is_that_of_torch_distributions(levels, recon_loss):
     torch.testing.assert_close(net.mean_image(params), mean)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.02, 0.5, 1e3])
+def test_the_discretised_logistic_is_a_distribution_over_the_levels(scale):
+    net = model.VAE((1, 8, 32), 256, "mlp", 2, recon_loss="logistic", hidden_dims=[4]).double()
+    image = torch.arange(256).byte().view(1, 1, 8, 32)
+    base = D.TransformedDistribution(D.Uniform(0.0, 1.0), D.SigmoidTransform().inv)
+    for mean in (-3.0, -1.0, -0.4, 0.013, 1.0, 2.5):
+        params = torch.tensor([mean, math.log(scale)], dtype=torch.float64)[:, None, None].expand(1, 2, 8, 32)
+        p = net.log_mass(params, image).exp().flatten()
+        assert p.sum().item() == pytest.approx(1, abs=1e-9)
+        edges = (torch.arange(1, 256, dtype=torch.float64) * 2 - 1) / 255 - 1
+        below = torch.cat([torch.zeros(1), base.cdf((edges - mean) / scale), torch.ones(1)])
+        torch.testing.assert_close(p, below.diff(), rtol=1e-6, atol=1e-12)
+        expected = (p * torch.arange(256)).sum() / 255
+        assert net.mean_image(params)[0, 0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-9)
+        params = params.float().clone().requires_grad_()
+        loss = net.float().reconstruction_loss(params, image)
+        (gradient,) = torch.autograd.grad(loss.sum(), params)
+        assert loss.isfinite().all() and gradient.isfinite().all()
+        net.double()
+
+
+def test_draws_of_the_discretised_logistic_follow_it():
+    net = model.VAE((1, 8, 8), 16, "mlp", 2, recon_loss="logistic", hidden_dims=[4])
+    params = torch.tensor([0.2, -1.5])[:, None, None].expand(20_000, 2, 8, 8)
+    draws = net.draw(params, torch.Generator().manual_seed(0))
+    for level in range(16):
+        image = torch.full((1, 1, 8, 8), level, dtype=torch.uint8)
+        p = net.log_mass(params[:1], image).exp()[0, 0, 0, 0].item()
+        n = draws.numel()
+        assert (draws == level).sum().item() / n == pytest.approx(p, abs=5 * (p / n) ** 0.5 + 1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 7])
+def test_the_importance_weighted_bound_is_that_of_torch_distributions(k):
+    torch.manual_seed(0)
+    net = model.ConditionalVAE((1, 8, 9), 2, "mlp", 3, hidden_dims=[16], iw_train=k, num_classes=2).double()
+    images, labels, noise = levels_like((1, 8, 9), 2), torch.tensor([0, 1, 1, 0, 1]), double(5, k, 3)
+    rec, reg, bpd = net(images, labels, noise)
+    mean, log_std = (code.unsqueeze(1) for code in net.encode(images, labels))
+    q, z = D.Normal(mean, log_std.exp()), mean + log_std.exp() * noise
+    logits = torch.stack([net.decode(z[:, i], labels) for i in range(k)], 1)
+    log_p = D.Bernoulli(logits=logits).log_prob(images[:, None].double()).sum((2, 3, 4))
+    weights = log_p + (D.Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(2)
+    expected = -weights.exp().mean(1).log().mean()
+    assert rec.item() == pytest.approx(-log_p.mean().item()) and bpd.item() == \
+        pytest.approx(expected.item() / 72 / LN2)
+    torch.testing.assert_close(rec + reg, expected)
+    for ours, theirs in zip(torch.autograd.grad(rec + reg, list(net.parameters())),
+                            torch.autograd.grad(expected, list(net.parameters()))):
+        torch.testing.assert_close(ours, theirs)
+
+
+class LinearGaussian(model.VAE):
+    """Probabilistic PCA: x = W z + noise of standard deviation 0.5; its encoder is near the true posterior,
+    but not it.
+    """
+    is_likelihood = True
+
+    def __init__(self):
+        super().__init__((1, 8, 8), 256, "mlp", 3, hidden_dims=[4])
+        self.double().w = 0.3 * double(64, 3)
+
+    def encode(self, images, labels=None):
+        precision = self.w.T @ self.w / 0.25 + torch.eye(3)
+        mean = self.normalize(images).flatten(1) @ self.w / 0.25 @ precision.inverse()
+        return mean + 0.1, (1.3 * precision.inverse().diagonal().sqrt()).log().expand_as(mean)
+
+    def decode(self, z, labels=None):
+        return (z @ self.w.T).view(-1, 1, 8, 8)
+
+    def reconstruction_loss(self, params, images):
+        return -D.Normal(params, 0.5).log_prob(self.normalize(images)).flatten(1).sum(1)
+
+
+def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model():
+    net, images = LinearGaussian(), levels_like((1, 8, 8), 256, 200)
+    split = data.Split(images, torch.arange(200), torch.zeros(200, dtype=torch.long), 256)
+    everything = data.Data(split, split, split, (1, 8, 8), 256, [], 0)
+    marginal = D.MultivariateNormal(torch.zeros(64).double(), net.w @ net.w.T + 0.25 * torch.eye(64))
+    exact = -marginal.log_prob(net.normalize(images).flatten(1)).mean().item()
+    found = [infer.evaluate(net, everything, Namespace(limit=None, iw_samples=k, device="cpu", seed=1))
+             for k in (1, 10, 100, 5000)]
+    bounds = [figures["iw_nll"] for figures in found]
+    assert bounds == sorted(bounds, reverse=True) and bounds[0] > exact + 0.2
+    assert abs(bounds[-1] - exact) < min(found[-1]["iw_nll_se"], 0.01)
+    assert found[-1]["neg_elbo"] == pytest.approx(found[0]["neg_elbo"], abs=0.5) and \
+        found[-1]["neg_elbo"] > exact + 0.2
+    part = infer.evaluate(net, everything, Namespace(limit=50, iw_samples=5000, device="cpu", seed=1))
+    chosen = torch.randperm(200, generator=utils.stream("evaluate"))[:50]
+    exact = -marginal.log_prob(net.normalize(images[chosen]).flatten(1)).mean().item()
+    assert part["images"] == 50 and part["iw_nll"] == pytest.approx(exact, abs=0.02)
+
+
 def test_mse_is_the_summed_squared_error_on_minus_one_to_one():
     net = model.VAE((3, 8, 8), 256, latent_size=3, recon_loss="mse").double()
     images, params = levels_like((3, 8, 8), 256), double(5, 3, 8, 8) / 3
@@ -217,7 +328,7 @@ def test_a_model_of_zeros_costs_the_uniform_code(kind, levels, bits):
 
 @pytest.mark.parametrize("recon_loss,levels,bits", [("mse", 256, False), ("mse", 2, False),
                                                     ("bce", 16, False), ("bce", 256, False), ("bce", 2, True),
-                                                    ("categorical", 2, True)])
+                                                    ("categorical", 2, True), ("logistic", 256, True)])
 def test_bits_per_dimension_only_for_likelihoods_of_discrete_pixels(recon_loss, levels, bits):
     images = levels_like((1, 8, 8), levels)
     assert (model.VAE((1, 8, 8), levels, "mlp", 2, recon_loss=recon_loss)(images)[2] is not None) == bits
@@ -646,6 +757,59 @@ def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
     assert seen[0]["lr"] == 0.003 and seen[0]["weight_decay"] == 0.25
 
 
+def test_the_schedule_reaches_the_optimiser_and_the_log(folder, workplace, monkeypatch):
+    rates, adamw = [], torch.optim.AdamW
+
+    class Seen(adamw):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+    monkeypatch.setattr(torch.optim, "AdamW", Seen)
+    rows, _ = fit(folder, "--lr_schedule=cosine", "--lr=0.01")
+    expected = [0.005 * (1 + math.cos(math.pi * step / len(rates))) for step in range(len(rates))]
+    assert len(rates) == 20 and rates == pytest.approx(expected)
+    assert [float(row["lr"]) for row in rows] == [rates[9], rates[19]]
+
+
+def test_the_moving_average_is_what_is_judged(folder, workplace, monkeypatch):
+    seen, follow = [], train.follow
+    monkeypatch.setattr(train, "follow", lambda ema, net, decay: seen.append(
+        (decay, *[[p.detach().double().clone() for p in n.parameters()] for n in (ema, net)]))
+        or follow(ema, net, decay))
+    _, test = fit(folder, "--ema=0.6", "--lr=0.01")
+    assert [decay for decay, _, _ in seen] == [min(0.6, (1 + step) / (10 + step)) for step in range(20)]
+    state = utils.load_checkpoint(Path("checkpoints/run/last.pt"))
+    net, _ = infer.restore(Path("checkpoints/run/last.pt"), "cpu")
+    for i, (name, parameter) in enumerate(net.named_parameters()):
+        average = seen[0][1][i]
+        for decay, _, weights in seen:
+            average = decay * average + (1 - decay) * weights[i]
+        torch.testing.assert_close(parameter.double(), average, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(parameter, state["model"][name])
+    infer.main(["--evaluate"])
+    measured = json.loads(Path("results/run/evaluation.json").read_text())
+    assert measured["rec"] == pytest.approx(test["test_rec"], rel=0.02) and measured["psnr"] > 5
+
+
+def test_an_ae_is_measured_against_pca(folder, workplace):
+    fit(folder, "--loss_mode=ae")
+    infer.main(["--evaluate", "--limit", "30"])
+    measured = json.loads(Path("results/run/evaluation.json").read_text())
+    everything = data.load(str(folder), "data")
+    x = pixels(everything.train).flatten(1).double().numpy() / 255
+    chosen = torch.randperm(len(everything.test), generator=utils.stream("evaluate"))[:30]
+    images, _ = everything.test.batch(chosen)
+    y = images.flatten(1).double().numpy() / 255 - x.mean(0)
+    basis = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:4]
+    left = ((y - y @ basis.T @ basis) ** 2).sum(1).mean()
+    assert measured["pca_squared_error"] == pytest.approx(left, rel=1e-6)
+    net, _ = infer.restore(Path("checkpoints/run/best.pt"), "cpu")
+    error = ((net.reconstruct(images).detach().numpy() - images.numpy() / 255) ** 2).sum((1, 2, 3)).mean()
+    assert measured["squared_error"] == pytest.approx(error, rel=1e-5) and measured["images"] == 30
+    assert measured["psnr"] == pytest.approx(10 * math.log10(784 / error), rel=1e-5)
+    assert measured["kl"] is measured["iw_nll"] is measured["neg_elbo"] is None
+
+
 def test_tensorboard_has_the_curves_and_the_pictures(folder, workplace):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     rows, _ = fit(folder, "--levels=2")
@@ -877,10 +1041,10 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("flags", [
     "--model=mlp --levels=2 --binarize=stochastic --precision=fp32",
-    "--model=cnn --conditional --beta_mode=linear --precision=bf16",
-    "--model=cnn --loss_mode=ae",
+    "--model=cnn --conditional --beta_mode=linear --precision=bf16 --lr_schedule=cosine --ema=0.9",
+    "--model=cnn --loss_mode=ae --ema=0.99",
     "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01 --precision=bf16",
-    "--model=cnn --levels=16 --precision=fp32",
+    "--model=cnn --levels=16 --precision=fp32 --iw_train=3",
     "--model=cnn --compile --precision=bf16"])
 def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, workplace, monkeypatch, capsys):
     def argv(name):
@@ -1008,6 +1172,9 @@ def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
     fit(folder, "--beta_mode=linear")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
     assert status == 2 and "--beta_mode" in error
+    fit(folder, "--lr_schedule=cosine")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
+    assert status == 2 and "--lr_schedule" in error
 
 
 def test_a_run_that_appeared_in_the_meantime_is_not_replaced(folder, workplace, monkeypatch, capsys):
@@ -1027,7 +1194,7 @@ def test_moments_that_do_not_fit_are_reported(trained, workplace, capsys):
     shutil.copytree(trained, workplace, dirs_exist_ok=True)
     last = workplace / "checkpoints/run/last.pt"
     state = utils.load_checkpoint(last)
-    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    state["optimizer"][0]["exp_avg"] = torch.zeros(3)
     torch.save(state, last)
     status, error = outcome(train.main, ["--resume", last], capsys)
     assert status == 1 and "size mismatch for exp_avg" in error and "best.pt" in error
@@ -1262,14 +1429,15 @@ def gradients(case, n, beta=0.7):
     # of the one step, in float64, that a pass over n images is
     torch.manual_seed(0)
     args = Namespace(seed=3, batch_size=max(n, 2), latent_size=3, device="cpu", precision="fp32", grad_clip=0,
-                     progress_bar=False, compile=False,
-                     loss_mode="ae" if case == "ae" else "vae")
+                     progress_bar=False, compile=False, loss_mode="ae" if case == "ae" else "vae", epochs=1,
+                     lr_schedule="constant", lr=0, iw_train=4 if case == "weighted" else 0, ema=0)
     pixels = torch.randint(256, (n, 1, 9, 11), dtype=torch.uint8)
     split = data.Split(pixels, torch.arange(n), torch.arange(n) % 2, 2, stochastic=case == "stochastic")
     kind = dict(ae=model.AE, conditional=model.ConditionalVAE).get(case, model.VAE)
     net = kind(
         (1, 9, 11), 2, "mlp" if case == "mlp" else "cnn", 3, hidden_dims=[16], num_filters=2,
-        **dict(num_classes=2) if case == "conditional" else {{}}).double()
+        **dict(num_classes=2) if case == "conditional" else {{}},
+        **dict(iw_train=4) if case == "weighted" else {{}}).double()
     everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
     trained = train.prepared(net, everything, args)
     state = dict(epoch=0, step=0, sums=train.no_sums("cpu"))
@@ -1282,7 +1450,7 @@ def main():
     what, rest = sys.argv[1], sys.argv[2:]
     if what == "gradients":
         with utils.processes():
-            cases = ("mlp", "cnn", "ae", "conditional", "stochastic")
+            cases = ("mlp", "cnn", "ae", "conditional", "stochastic", "weighted")
             found = {{f"{{case}} {{n}}": gradients(case, n) for case in cases for n in (8, 7, 1)}}
         if utils.RANK == 0:
             torch.save(found, rest[0])
@@ -1319,7 +1487,7 @@ def torchrun(tmp_path, monkeypatch):
 
 def test_gradients_of_two_and_three_processes_are_those_of_one(torchrun):
     one, *others = [torchrun(n, "gradients", f"{n}.pt") and torch.load(f"{n}.pt") for n in (1, 2, 3)]
-    assert len(one) == 15
+    assert len(one) == 18
     for other in others:
         for case, (grads, *figures) in one.items():
             assert sum(grad.abs().sum() for grad in grads) > 1e-3
@@ -1414,14 +1582,18 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--loss_mode ae --conditional", "--conditional"),
         ("--loss_mode ae --free_bits 1", "--free_bits"), ("--nosuch 1", "--nosuch"),
         ("--latent 3", "--latent"),
-        ("--recon_loss l1", "mse"), ("--model vit", "mlp"), ("--transform sepia", "grayscale3"),
+        ("--iw_train 5 --beta_mode linear", "--beta_mode"), ("--iw_train 5 --free_bits 1", "--free_bits"),
+        ("--iw_train 5 --target_beta_val 2", "--target_beta_val"), ("--iw_train -1", "--iw_train"),
+        ("--loss_mode ae --iw_train 5", "--iw_train"), ("--ema 1", "--ema: 1"),
+        ("--lr_schedule step", "cosine"), ("--recon_loss l1", "mse"), ("--model vit", "mlp"),
+        ("--transform sepia", "grayscale3"),
         ("surplus", "surplus"),
         ("--batch_size 99999999999999999999", "--batch_size"), ("--seed 1" + 400 * "0", "--seed"),
         ("--device meta", "cpu"),
         ("--dataset .", "--results_dir"), ("--resume nosuch.pt", "nosuch.pt"), ("--resume .", "a folder")]),
     *((infer, *row) for row in [
         ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"),
-        ("--num_samples 0", "--num_samples"),
+        ("--num_samples 0", "--num_samples"), ("--iw_samples 0", "--iw_samples"),
         ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"),
         ("--seed x", "--seed")])]
 

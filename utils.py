@@ -286,6 +286,25 @@ def active_units(means):
     return int((means.cpu().double().var(0, correction=0) > 0.01).sum())
 
 
+def moments(batches, size, total=lambda sums: sums):
+    """The mean and the covariance of vectors, which come in batches [B, size] → float64 [size], [size, size].
+
+    total: adds up a tensor over processes, each of which has its own batches
+    Raises FloatingPointError where a number is not finite.
+    """
+    sums = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+    for batch in batches:  # the second moments of (x, 1): those of x, their sum and how many they are
+        batch = torch.nn.functional.pad(batch, (0, 1), value=1.0)
+        batch = (batch.cpu() if batch.device.type == "mps" else batch).double()
+        sums = sums.to(batch.device) + batch.T @ batch
+    sums = total(sums)
+    if not sums.isfinite().all():
+        raise FloatingPointError
+    sums = sums / sums[-1, -1]
+    mean = sums[-1, :-1]
+    return mean, sums[:-1, :-1] - mean.outer(mean)
+
+
 def beta_schedule(mode, target, epochs):
     """The weight of the KL as a function of the number of epochs already finished.
 
@@ -302,6 +321,20 @@ def beta_schedule(mode, target, epochs):
         length = epochs / max(1, min(4, epochs // 2))
         return lambda finished: target * min(1.0, (finished % length) / length / 0.5)
     raise ValueError(f"beta mode {mode!r}: constant, linear or cyclical")
+
+
+def lr_schedule(mode, lr, steps):
+    """The learning rate as a function of the number of steps already taken, of `steps` in all.
+
+    constant: lr. cosine: up in a straight line over the first hundredth, then down to 0 along half a cosine
+    (Loshchilov & Hutter 2017, eq. 5, without restarts).
+    """
+    if mode == "constant":
+        return lambda step: lr
+    if mode == "cosine":
+        return lambda step: lr * min((step + 1) / max(1, steps // 100),
+                                     (1 + math.cos(math.pi * step / steps)) / 2)
+    raise ValueError(f"learning-rate schedule {mode!r}: constant or cosine")
 
 
 @torch.no_grad()
@@ -461,7 +494,7 @@ def load_checkpoint(path):
     if version > VERSION:
         raise UserError(f"{path} was written by a newer version of this project (format {version}; this one "
                         f"reads {VERSION})")
-    for part in ("model", "optimizer"):
+    for part in ("model", "ema", "optimizer"):
         if not all_finite(state.get(part)):
             raise UserError(f"{path} is damaged: a number in its {part} is not finite")
     return state
