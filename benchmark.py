@@ -1,5 +1,6 @@
 """How fast training is, and how far from the limit of this machine: python benchmark.py --help"""
 
+import copy
 import json
 import multiprocessing
 import random
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import NAMED, load, quantize
-from utils import ArgumentParser, UserError, call, normal, number
+from utils import ArgumentParser, UserError, call, multiply_in_tf32, normal, number
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = {"model": "model", "batch_size": "batch", "images_per_second": "images/s",
@@ -32,8 +33,8 @@ def parse_args(argv=None):
         description="Measure training: images a second of train.py's own epoch; of its forward, backward and "
                     "optimiser step alone on one batch (the floor); the share of this machine's rate of "
                     "matrix products; peak memory; seconds from the command to the first step. Medians of "
-                    "interleaved passes. Every argument of train.py can be given too, by default --dataset "
-                    "mnist --levels 2 --latent_size 20.")
+                    "interleaved passes. Arguments of train.py can be given too, by default --dataset mnist "
+                    "--levels 2 --latent_size 20.")
     parser.add_argument("--model", nargs="+", choices=("mlp", "cnn"), default=["mlp", "cnn"],
                         help="(default: both)")
     parser.add_argument("--batch_size", nargs="+", type=number(int, 1), default=[128, 512], metavar="N",
@@ -59,13 +60,13 @@ def measure(argv, images, repeats, baseline):
     n, batch_size = len(data.train), min(args.batch_size, len(data.train))
     torch.backends.cudnn.deterministic = True  # as in training
     model, optimizer = train.build_both(args, data.about())
-    trained = train.prepared(model, data, args)
+    trained, ema = train.prepared(model, data, args), copy.deepcopy(model) if args.ema else None
     state = {"epoch": 0, "step": 0, "sums": train.no_sums(args.device)}
     batch, labels = data.train.batch(torch.arange(batch_size), args.seed, "binarize")
     noise = normal(train.noise_shape(batch_size, args), device, args.seed, "noise")
 
     def epoch():
-        train.train_epoch(trained, data, optimizer, args, state, args.target_beta_val, time.monotonic)
+        train.train_epoch(trained, data, optimizer, args, state, args.target_beta_val, time.monotonic, ema)
         state["epoch"] += 1
 
     def step():
@@ -76,7 +77,7 @@ def measure(argv, images, repeats, baseline):
         optimizer.step()
 
     def floor():
-        train.multiply_in_tf32(True)
+        multiply_in_tf32(True)
         for _ in range(-(-n // batch_size)):
             step()
 
@@ -146,6 +147,7 @@ def plain_loader(args, is_train, limit=None):
 def plain_epoch(model, loader, args, optimizer=None):
     """One pass, in training where there is an optimiser → the mean loss."""
     total = 0.0
+    multiply_in_tf32(False)
     for images, labels in loader:
         images = quantize((images.to(args.device) * 255).byte(), args.levels)
         noise = torch.randn(train.noise_shape(len(images), args), device=args.device)
@@ -183,7 +185,7 @@ def startup(argv):
         command = subprocess.Popen([sys.executable, HERE / "train.py", *argv, "--save_every", "0",
                                     *places(folder)], stdout=subprocess.DEVNULL)
         try:
-            while not list(Path(folder, "checkpoints").glob("*/last.pt")):
+            while not list(Path(folder, "checkpoints").rglob("last.pt")):
                 if command.poll() is not None:
                     raise UserError("train.py ended before its first checkpoint")
                 time.sleep(0.005)

@@ -38,8 +38,9 @@ class Split:
     """Some of the images of a dataset, which all its splits share.
 
     stored: uint8 [M, C, H, W], intensities 0 … 255, in memory or mapped into it; rows: int64 [N], which of
-    them these are; labels: int64 [N]. As a batch is taken, intensities become 2, 16 or 256 levels; where
-    `stochastic`, levels 0 and 1, drawn anew each time an image is seen.
+    them these are, on the same device; labels: int64 [N], on the device where batches go. As a batch is
+    taken, intensities become 2, 16 or 256 levels; where `stochastic`, levels 0 and 1, drawn anew each time an
+    image is seen.
     """
     stored: torch.Tensor
     rows: torch.Tensor
@@ -58,20 +59,12 @@ class Split:
         """
         index = index.to(self.rows.device)
         rows = self.rows.index_select(0, index if self.stochastic else index[part])  # faster than rows[…]
-        images = self.stored.index_select(0, rows.to(self.stored.device)).to(rows.device, non_blocking=True)
+        images = self.stored.index_select(0, rows).to(self.labels.device, non_blocking=True)
         if self.stochastic:
             images = binarize(images, *key)[part]
         else:
             images = quantize(images, self.levels)
-        return images, self.labels.index_select(0, index[part])
-
-    def to(self, device):
-        """The same on a device. Images that would fill more than half of its free memory stay where they are.
-        """
-        device = torch.device(device)
-        fits = device.type != "cuda" or self.stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-        return replace(self, stored=self.stored.to(device) if fits else self.stored,
-                       rows=self.rows.to(device), labels=self.labels.to(device))
+        return images, self.labels.index_select(0, index[part].to(self.labels.device))
 
 
 @dataclass
@@ -136,8 +129,20 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     if levels == 2 and binarize == "stochastic":
         train.stochastic = True
         val, test = fixed_draw(val, "val"), fixed_draw(test, "test")
-    return Data(train.to(device), val.to(device), test.to(device), tuple(images.shape[1:]), levels, classes,
-                crc32)
+    return Data(*on_device((train, val, test), torch.device(device)), tuple(images.shape[1:]), levels,
+                classes, crc32)
+
+
+def on_device(splits, device):
+    """The splits on a device; images that would fill more than half of its free memory stay where they are.
+    """
+    moved = {id(split.stored): split.stored for split in splits}  # each once, as they share it
+    for key, stored in moved.items():
+        if device.type != "cuda" or stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            moved[key] = stored.to(device)
+    stored = [moved[id(split.stored)] for split in splits]
+    return [replace(split, stored=images, rows=split.rows.to(images.device), labels=split.labels.to(device))
+            for split, images in zip(splits, stored)]
 
 
 def fixed_draw(split, name):
@@ -223,8 +228,12 @@ def cached(data_dir, key, count, make):
         partial.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             make([stack.enter_context(open(partial / f"{number}.npy", "w+b")) for number in range(count)])
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # where another process was first, its arrays are the same
+        try:
+            os.replace(partial, folder)
+        except OSError:  # there is one already: another process was first, or it is the damaged one
+            with contextlib.suppress(Exception):
+                return read()
+            shutil.rmtree(folder)
             os.replace(partial, folder)
         return read()
     except OSError as error:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from data import load
 from model import VAE, build
 from utils import (KLD, ArgumentParser, UserError, active_units, call, default_device, device_type,
-                   elbo_to_bpd, interleave, load_checkpoint, moments, normal, number, one_line, save_grid,
-                   save_picture, stream, visualize_manifold, write_json)
+                   elbo_to_bpd, interleave, load_checkpoint, moments, multiply_in_tf32, normal, number,
+                   one_line, save_grid, save_picture, stream, visualize_manifold, write_json)
 
 
 def parse_args(argv=None):
@@ -44,6 +44,8 @@ def parse_args(argv=None):
     parser.add_argument("--device", type=device_type, default=default_device(), help=default)
     args = parser.parse_args(argv)
     args.only = args.only.split(",")
+    if args.limit and not args.evaluate:
+        parser.error("argument --limit: goes with --evaluate")
     for name in args.only:
         if name not in PICTURES:
             parser.error(f"argument --only: {name!r} is none of {', '.join(PICTURES)}")
@@ -66,7 +68,8 @@ def restore(path, device):
     try:
         model = build(state["args"], state["data"])
         model.load_state_dict(state.get("ema") or state["model"])
-        for name in ("results_dir", "dataset", "data_dir", "image_size", "levels", "binarize", "transform"):
+        for name in ("results_dir", "dataset", "data_dir", "image_size", "levels", "binarize", "transform",
+                     "limit"):
             state["args"][name]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this project ({one_line(error)})")
@@ -179,31 +182,40 @@ NEED_DATA = {"reconstructions", "interpolations"}
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
 
+DECODED = 2**20  # numbers that a decoder gives at a time, which bounds the memory
+
+
 def evaluate(model, data, args):
     """The figures of evaluation.json, means over test images. In nats an image: the negative ELBO, its two
     parts, and the negative log-likelihood by importance sampling (Burda et al. 2016, eq. 8), each with
-    iw_samples latents an image; squared errors are on [0, 1]. None where a figure does not apply.
+    iw_samples latents an image (one where the loss is no likelihood); squared errors are on [0, 1], and psnr
+    is that of their mean. None where a figure does not apply.
     """
     order = torch.randperm(len(data.test), generator=stream("evaluate"))[:args.limit]
     is_vae, bounded = isinstance(model, VAE), isinstance(model, VAE) and model.is_likelihood
-    k, rows = args.iw_samples if bounded else 1, max(1, 2**20 // math.prod(model.shape))
+    k = args.iw_samples if bounded else 1
+    rows = max(1, DECODED // (model.channels * math.prod(model.shape[1:])))
     embedded, sums = [], {"rec": [], "kl": [], "iw_nll": [], "squared_error": []}
     with tqdm(total=len(order), desc="evaluating", unit=" images", disable=None) as bar:
         for which, index in enumerate(order.split(max(1, rows // k))):
             images, labels = data.test.batch(index)
             embedded.append(model.embed(images, labels))
-            params = model.decode(embedded[-1], labels)
-            error = images / (data.levels - 1) - model.mean_image(params)
-            sums["squared_error"].append(error.double().square().flatten(1).sum(1))
+            if not bounded:
+                params = model.decode(embedded[-1], labels)
+                error = (images / (data.levels - 1) - model.mean_image(params)).cpu().double()
+                sums["squared_error"].append(error.square().flatten(1).sum(1))
             if is_vae:
-                noise = normal((len(index), k, model.latent_size), args.device, args.seed, "evaluate", which)
-                parts = [model.weigh(images, labels, part) for part in noise.split(rows, 1)]
-                rec, ratio = (torch.cat(part, 1).double() for part in zip(*parts))
+                parts = []
+                for first in range(0, k, rows):
+                    shape = len(index), min(rows, k - first), model.latent_size
+                    noise = normal(shape, args.device, args.seed, "evaluate", which, first)
+                    parts.append(model.weigh(images, labels, noise))
+                rec, ratio = (torch.cat(part, 1).cpu().double() for part in zip(*parts))
                 sums["rec"].append(rec.mean(1))
-                sums["kl"].append(KLD(*model.encode(images, labels)).double())
+                sums["kl"].append(KLD(*model.encode(images, labels)).cpu().double())
                 sums["iw_nll"].append(math.log(k) - torch.logsumexp(-rec - ratio, 1))
             else:
-                sums["rec"].append(model.reconstruction_loss(params, images).double())
+                sums["rec"].append(model.reconstruction_loss(params, images).cpu().double())
             bar.update(len(index))
     each = {name: torch.cat(parts) for name, parts in sums.items() if parts}
     figures = dict.fromkeys(("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples",
@@ -217,26 +229,32 @@ def evaluate(model, data, args):
         neg_elbo = figures["rec"] + figures["kl"]
         figures |= {"neg_elbo": neg_elbo, "bpd": elbo_to_bpd(neg_elbo, (1, *model.shape)),
                     "iw_nll": each["iw_nll"].mean().item(), "iw_samples": k,
-                    "iw_nll_se": each["iw_nll"].std().item() / math.sqrt(len(order))}
+                    "iw_nll_se": each["iw_nll"].std().item() / math.sqrt(len(order)) if len(order) > 1
+                    else None}
     else:
         error = each["squared_error"].mean().item()
-        figures |= {"squared_error": error, "psnr": -10 * math.log10(error / math.prod(model.shape)),
+        figures |= {"squared_error": error,
+                    "psnr": -10 * math.log10(error / math.prod(model.shape)) if error else None,
                     "pca_squared_error": pca_squared_error(data, order, model.latent_size)}
     return figures
 
 
 def pca_squared_error(data, order, components):
     """The squared error on [0, 1] of an image of the test split at `order` that principal components of the
-    training images leave: no linear autoencoder does better on those.
+    training images leave: no linear autoencoder does better on those. None for images of more than 8,192
+    numbers, whose covariance would fill the memory.
     """
+    if math.prod(data.shape) > 8192:
+        return None
+
     def images(split, order):
-        for index in order.split(1000):
-            yield split.batch(index, "pca")[0].flatten(1) / (data.levels - 1)
+        for which, index in enumerate(order.split(1000)):
+            yield split.batch(index, "pca", which)[0].flatten(1) / (data.levels - 1)
     mean, covariance = moments(images(data.train, torch.arange(len(data.train))), math.prod(data.shape))
     basis = torch.linalg.eigh(covariance)[1][:, -components:]  # in ascending order
     error = 0.0
     for x in images(data.test, order):
-        centred = x.double() - mean
+        centred = x.to(mean) - mean
         error += (centred - centred @ basis @ basis.T).square().sum().item()
     return error / len(order)
 
@@ -245,7 +263,7 @@ def read_data(args, trained, about):
     """The dataset of a checkpoint. Raises UserError where it is another one, or not on this machine."""
     data = load(args.dataset or trained["dataset"], args.data_dir or trained["data_dir"],
                 trained["image_size"], trained["levels"], trained["binarize"], trained["transform"],
-                device=args.device, download=False)
+                trained["limit"], args.device, download=False)
     if any(data.about()[name] != about[name] for name in ("shape", "levels", "classes")):
         raise UserError(f"{args.dataset or trained['dataset']} is not what the model was trained on: "
                         f"{about['shape']}, classes {about['classes']}")
@@ -255,6 +273,7 @@ def read_data(args, trained, about):
 @torch.no_grad()
 def main(argv=None):
     args = parse_args(argv)
+    multiply_in_tf32(False)
     model, state = restore(args.ckpt, args.device)
     trained, about = state["args"], state["data"]
     args.conditional = trained["conditional"]

@@ -128,15 +128,15 @@ class AE(nn.Module):
         super().__init__()
         self.shape, self.levels, self.latent_size = tuple(shape), levels, latent_size
         self.recon_loss = recon_loss or DEFAULT_LOSS[levels]
-        channels = shape[0] * {"categorical": levels, "logistic": 2}.get(self.recon_loss, 1)
+        self.channels = shape[0] * {"categorical": levels, "logistic": 2}.get(self.recon_loss, 1)
         seen = (shape[0] + bool(num_classes), *shape[1:])
         outputs, inputs = self.codes * latent_size, latent_size + num_classes
         if model == "mlp":
             self.encoder = MLPEncoder(seen, outputs, hidden_dims)
-            self.decoder = MLPDecoder(shape, channels, inputs, hidden_dims)
+            self.decoder = MLPDecoder(shape, self.channels, inputs, hidden_dims)
         else:
             self.encoder = CNNEncoder(seen, outputs, num_filters)
-            self.decoder = CNNDecoder(shape, channels, inputs, num_filters)
+            self.decoder = CNNDecoder(shape, self.channels, inputs, num_filters)
             self.to(memory_format=torch.channels_last)
         if self.codes == 1:  # no prior: the Gaussian that fit_prior finds
             self.register_buffer("prior_mean", torch.zeros(latent_size))
@@ -330,8 +330,9 @@ class VAE(AE):
         return rec, ((z ** 2 - noise ** 2) / 2 - log_std).sum(-1)
 
     def forward(self, images, labels=None, noise=None):
-        """As AE.forward. With iw_train the noise is [B, K, D], and L_rec + L_reg the negative bound of K
-        latents, L_rec the mean over them.
+        """As AE.forward. With iw_train the noise is [B, K, D], L_rec + L_reg the negative bound of K latents,
+        and bpd of that; L_rec is the mean over them, and L_reg, which may be negative, is no KL but what the
+        bound adds.
         """
         if self.iw_train:
             rec, ratio = self.weigh(images, labels, noise)

@@ -24,9 +24,9 @@ from data import DATASETS, load
 from model import DEFAULT_LOSS, build
 from utils import (LOCAL_RANK, RANK, WORLD, ArgumentParser, RunLog, Signals, UserError, active_units,
                    all_finite, beta_schedule, call, default_device, default_precision, device_type,
-                   interleave, load_checkpoint, locked, lr_schedule, normal, number, one_line, processes,
-                   run_name, save_checkpoint, save_grid, say, share, shared, stream, stream_seed, total,
-                   write_csv, write_json)
+                   interleave, load_checkpoint, locked, lr_schedule, multiply_in_tf32, normal, number,
+                   one_line, own_device, processes, run_name, save_checkpoint, save_grid, say, share, shared,
+                   stream, stream_seed, total, write_csv, write_json)
 
 WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
 
@@ -108,8 +108,8 @@ def parse_args(argv=None):
                      help="a run for each seed, then mean ± standard deviation (default: --seed alone)")
     run.add_argument("--device", type=device_type, default=default_device(), help=default)
     run.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                     help="of the networks in training; auto is bf16 where the hardware multiplies in it "
-                          "(default: auto)")
+                     help="of the networks in training (fp32 on CUDA with tf32 products); auto is bf16 where "
+                          "the hardware multiplies in it (default: auto)")
     run.add_argument("--compile", action="store_true", help="through torch.compile (default: not)")
     run.add_argument("--progress_bar", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
                      help="(default: on a terminal only)")
@@ -185,7 +185,7 @@ def resume_args(parser, defaults, given):
         others = [other for other in others if is_whole(Path(other))]
         raise UserError(f"{error}; " + (f"whole, and good for --resume: {', '.join(others)}" if others else
                                         f"nothing else in {path.parent} can be resumed"))
-    began = {**defaults, "precision": "fp32", **resumed["args"], "resume": None, "overwrite": False,
+    began = {**defaults, **resumed["args"], "resume": None, "overwrite": False,
              "progress_bar": defaults["progress_bar"]}
     args, before = Namespace(**{**began, **given}), began["epochs"]
     depends = [f"--{name}" for name in ("beta_mode", "lr_schedule") if began[name] != "constant"]
@@ -279,7 +279,6 @@ def batches(split, order, args, *key, first=0):
     and their random numbers for all processes: whoever asks for a step, it is the same one.
     """
     steps = max(1, 2**21 // (args.batch_size * math.prod(split.stored.shape[1:])))  # 2 MB of images
-    order = order.to(args.device)
     for which, chunk in enumerate(order.split(steps * args.batch_size)):
         left = torch.arange(len(chunk)).split(args.batch_size)[max(0, first - which * steps):]
         if not left:
@@ -287,7 +286,7 @@ def batches(split, order, args, *key, first=0):
         parts = [share(len(batch)) for batch in left]
         mine = [batch[part] for batch, (part, _) in zip(left, parts)]
         sizes = [len(batch) for batch in mine]
-        part = slice(None) if sum(sizes) == len(chunk) else torch.cat(mine).to(args.device)
+        part = slice(None) if sum(sizes) == len(chunk) else torch.cat(mine)
         images, labels = split.batch(chunk, args.seed, "binarize", *key, which, part=part)
         noise = [None] * len(left)
         if args.loss_mode == "vae":
@@ -311,12 +310,6 @@ def learning_rate(args, data):
 def follow(ema, model, decay):
     """A step of an exponential moving average of weights."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def multiply_in_tf32(yes):
-    """Whether CUDA may round the factors of fp32 products to 10 bits: in training, never in evaluation."""
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = \
-        "tf32" if yes else "ieee"
 
 
 def no_sums(device):
@@ -432,8 +425,8 @@ class Keeper:
     def __init__(self, args, data, model, ema, optimizer, state, folder, signals):
         self.args, self.data, self.model, self.ema = args, data, model, ema
         self.optimizer, self.state = optimizer, state
-        self.folder, self.signals, self.ticks = folder, signals, 0
-        self.saved = time.monotonic()
+        self.folder, self.signals, self.ticks, self.interval = folder, signals, 0, 1
+        self.saved = self.agreed = time.monotonic()
         self.start = self.saved - state["elapsed"]  # of the epoch
 
     def lap(self):
@@ -457,22 +450,25 @@ class Keeper:
 
     def tick(self):
         """After each step: save when it is time to, and leave when a signal asks for it. Many processes agree
-        on both, which takes time, every 16 steps.
+        on both, which takes time, after 16 steps or, where these are slow, about a second.
         """
         self.ticks += 1
-        if WORLD > 1 and self.ticks % 16:
+        if WORLD > 1 and self.ticks < self.interval:
             return
         unfinished = self.state["epoch"] < self.args.epochs
         due = unfinished and time.monotonic() - self.saved >= self.args.save_every
         received = self.signals.received
         if WORLD > 1:
-            received, due = total(torch.tensor([received, due]), torch.distributed.ReduceOp.MAX).tolist()
+            step = (time.monotonic() - self.agreed) / self.ticks
+            received, due, step = total(torch.tensor([received, due, step], dtype=torch.float64),
+                                        torch.distributed.ReduceOp.MAX).tolist()
+            self.agreed, self.ticks, self.interval = time.monotonic(), 0, max(1, min(16, int(1 / step)))
         if due or (received and unfinished):
             self.save("last.pt")
         if received:
             say(f"stopped after step {self.state['step']:,}; to go on:\n"
                 f"python train.py --resume {shlex.quote((self.folder / 'last.pt').as_posix())}")
-            sys.exit(128 + received)
+            sys.exit(128 + int(received))
 
 
 def prepared(model, data, args):
@@ -482,6 +478,8 @@ def prepared(model, data, args):
     and DDP puts its buckets in their final order, so that a resumed run adds up gradients in the same order
     as one that was never stopped.
     """
+    multiply_in_tf32(True)  # as in training, or all would be compiled anew there
+
     def rehearse(model):
         images = torch.zeros(len(range(0, min(args.batch_size, len(data.train)), WORLD)), *data.shape,
                              dtype=torch.uint8, device=args.device)
@@ -614,7 +612,9 @@ def report(test, args):
     active = test["active_units"]
     say(f"active units: {'not known from so few test images' if active is None else active} of "
         f"{args.latent_size}")
-    if test["test_kl"] < 1 or (active is not None and active < min(2, args.latent_size)):
+    few = active is not None and active < min(2, args.latent_size)
+    # with --iw_train what is called KL here is none, and nothing of the advice goes with it
+    if not args.iw_train and (test["test_kl"] < 1 or few):
         say("the posterior collapsed: the decoder all but ignores z. What helps: --beta_mode linear, a "
             "smaller --target_beta_val, or --free_bits 0.1")
 
@@ -762,6 +762,7 @@ def run_seeds(args, data, resumed, signals):
 def main(argv=None):
     with processes():
         args, resumed = shared(lambda: parse_args(argv))
+        args.device = own_device(args.device)
         if RANK:
             args.progress_bar = False
         if LOCAL_RANK:

@@ -288,7 +288,7 @@ class LinearGaussian(model.VAE):
         return -D.Normal(params, 0.5).log_prob(self.normalize(images)).flatten(1).sum(1)
 
 
-def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model():
+def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(monkeypatch):
     net, images = LinearGaussian(), levels_like((1, 8, 8), 256, 200)
     split = data.Split(images, torch.arange(200), torch.zeros(200, dtype=torch.long), 256)
     everything = data.Data(split, split, split, (1, 8, 8), 256, [], 0)
@@ -301,6 +301,7 @@ def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model():
     assert abs(bounds[-1] - exact) < min(found[-1]["iw_nll_se"], 0.01)
     assert found[-1]["neg_elbo"] == pytest.approx(found[0]["neg_elbo"], abs=0.5) and \
         found[-1]["neg_elbo"] > exact + 0.2
+    monkeypatch.setattr(infer, "DECODED", 64 * 300)  # so that the latents of an image come in parts
     part = infer.evaluate(net, everything, Namespace(limit=50, iw_samples=5000, device="cpu", seed=1))
     chosen = torch.randperm(200, generator=utils.stream("evaluate"))[:50]
     exact = -marginal.log_prob(net.normalize(images[chosen]).flatten(1)).mean().item()
@@ -776,7 +777,7 @@ def test_the_moving_average_is_what_is_judged(folder, workplace, monkeypatch):
     monkeypatch.setattr(train, "follow", lambda ema, net, decay: seen.append(
         (decay, *[[p.detach().double().clone() for p in n.parameters()] for n in (ema, net)]))
         or follow(ema, net, decay))
-    _, test = fit(folder, "--ema=0.6", "--lr=0.01")
+    rows, test = fit(folder, "--ema=0.6", "--lr=0.01")
     assert [decay for decay, _, _ in seen] == [min(0.6, (1 + step) / (10 + step)) for step in range(20)]
     state = utils.load_checkpoint(Path("checkpoints/run/last.pt"))
     net, _ = infer.restore(Path("checkpoints/run/last.pt"), "cpu")
@@ -786,13 +787,16 @@ def test_the_moving_average_is_what_is_judged(folder, workplace, monkeypatch):
             average = decay * average + (1 - decay) * weights[i]
         torch.testing.assert_close(parameter.double(), average, rtol=1e-4, atol=1e-6)
         assert not torch.equal(parameter, state["model"][name])
+    args, everything = Namespace(**state["args"]), data.load(str(folder), "data")
+    judged = train.test_epoch(net, everything.val, args, "val", lambda: None)
+    assert float(rows[-1]["val_rec"]) == pytest.approx(judged["rec"], rel=1e-6)
     infer.main(["--evaluate"])
     measured = json.loads(Path("results/run/evaluation.json").read_text())
     assert measured["rec"] == pytest.approx(test["test_rec"], rel=0.02) and measured["psnr"] > 5
 
 
 def test_an_ae_is_measured_against_pca(folder, workplace):
-    fit(folder, "--loss_mode=ae")
+    fit(folder, "--loss_mode=ae", "--ema=0.9")
     infer.main(["--evaluate", "--limit", "30"])
     measured = json.loads(Path("results/run/evaluation.json").read_text())
     everything = data.load(str(folder), "data")
@@ -804,6 +808,7 @@ def test_an_ae_is_measured_against_pca(folder, workplace):
     left = ((y - y @ basis.T @ basis) ** 2).sum(1).mean()
     assert measured["pca_squared_error"] == pytest.approx(left, rel=1e-6)
     net, _ = infer.restore(Path("checkpoints/run/best.pt"), "cpu")
+    assert not torch.equal(net.prior_scale, torch.eye(4))
     error = ((net.reconstruct(images).detach().numpy() - images.numpy() / 255) ** 2).sum((1, 2, 3)).mean()
     assert measured["squared_error"] == pytest.approx(error, rel=1e-5) and measured["images"] == 30
     assert measured["psnr"] == pytest.approx(10 * math.log10(784 / error), rel=1e-5)
@@ -1330,7 +1335,7 @@ def test_any_flipped_bit_is_found_or_harmless(tmp_path):
         flipped[moments.randrange(len(content))] ^= 1 << moments.randrange(8)
         path.write_bytes(flipped)
         try:
-            assert same({**utils.load_checkpoint(path)}, {"format": "plain-vae 1", **state})
+            assert same({**utils.load_checkpoint(path)}, {"format": f"plain-vae {utils.VERSION}", **state})
         except utils.UserError:
             found += 1
     assert found > 100
@@ -1593,7 +1598,7 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--dataset .", "--results_dir"), ("--resume nosuch.pt", "nosuch.pt"), ("--resume .", "a folder")]),
     *((infer, *row) for row in [
         ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"),
-        ("--num_samples 0", "--num_samples"), ("--iw_samples 0", "--iw_samples"),
+        ("--num_samples 0", "--num_samples"), ("--iw_samples 0", "--iw_samples"), ("--limit 5", "--evaluate"),
         ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"),
         ("--seed x", "--seed")])]
 

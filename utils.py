@@ -4,6 +4,7 @@ checkpoints and the log of a run. Imports none of the project's other files.
 
 import argparse
 import contextlib
+import datetime
 import gc
 import hashlib
 import io
@@ -183,7 +184,7 @@ def call(main):
             message = "out of memory; a smaller --batch_size, --image_size or model needs less"
         elif WORLD > 1 and re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
             time.sleep(10)  # torchrun will have ended this one by then, after the message of the other
-            message = "another process has ended"
+            message = f"another process has ended, or cannot be reached ({one_line(error)})"
         else:
             raise
     except KeyboardInterrupt:
@@ -212,17 +213,28 @@ RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launche
 
 @contextlib.contextmanager
 def processes():
-    """Join the other processes while it is entered. Raises UserError where there are too few GPUs."""
-    if WORLD > 1:
-        if torch.cuda.is_available():
-            if LOCAL_RANK >= torch.cuda.device_count():
-                raise UserError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: this machine has only "
-                                f"{torch.cuda.device_count()} GPUs")
-            torch.cuda.set_device(LOCAL_RANK)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    """Join the other processes while it is entered."""
+    if WORLD > 1:  # the others may wait long while one decodes the images
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(days=1))
     yield
     if WORLD > 1:
         dist.destroy_process_group()
+
+
+def own_device(device):
+    """The device of this process, where --device says the kind: each of many processes has a GPU of its own.
+    Raises UserError where there are too few.
+    """
+    if WORLD == 1 or device == "cpu":
+        return device
+    if device == "mps":
+        raise UserError("--device mps: one process alone can use it; --device cpu goes with many")
+    if LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: this machine has only "
+                        f"{torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(LOCAL_RANK)
+    return "cuda"
 
 
 def share(n):
@@ -243,11 +255,24 @@ def total(values, op=dist.ReduceOp.SUM):
 
 
 def shared(make):
-    """What `make()` gives in the first process, in all of them."""
-    values = [make() if RANK == 0 else None]
+    """What `make()` gives in the first process, in all of them; where it ends that one, it ends all."""
+    values = [None]
+    if RANK == 0:
+        try:
+            values = [make()]
+        except SystemExit as end:
+            values = [end]
     if WORLD > 1:
         dist.broadcast_object_list(values)
+    if isinstance(values[0], SystemExit):
+        raise values[0]
     return values[0]
+
+
+def multiply_in_tf32(yes):
+    """Whether CUDA may round the factors of fp32 products to 10 bits: in training, never in evaluation."""
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = \
+        "tf32" if yes else "ieee"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -297,7 +322,7 @@ def moments(batches, size, total=lambda sums: sums):
         batch = torch.nn.functional.pad(batch, (0, 1), value=1.0)
         batch = (batch.cpu() if batch.device.type == "mps" else batch).double()
         sums = sums.to(batch.device) + batch.T @ batch
-    sums = total(sums)
+    sums = total(sums.cpu())  # a process without a batch knows no other device
     if not sums.isfinite().all():
         raise FloatingPointError
     sums = sums / sums[-1, -1]
@@ -441,7 +466,7 @@ def save_grid(images, path, nrow, caption):
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: plain data and tensors, replaced atomically, verified when read
 
-FORMAT, VERSION = "plain-vae", 1
+FORMAT, VERSION = "plain-vae", 2
 
 
 def atomic_write(path, content):
@@ -491,9 +516,9 @@ def load_checkpoint(path):
         run_name(state["args"]["log_dir"])  # a file from elsewhere must not choose where we write
     except Exception:
         raise UserError(f"{path} is not a checkpoint of this project")
-    if version > VERSION:
-        raise UserError(f"{path} was written by a newer version of this project (format {version}; this one "
-                        f"reads {VERSION})")
+    if version != VERSION:
+        raise UserError(f"{path} was written by {'a newer' if version > VERSION else 'an older'} version of "
+                        f"this project (format {version}; this one reads {VERSION})")
     for part in ("model", "ema", "optimizer"):
         if not all_finite(state.get(part)):
             raise UserError(f"{path} is damaged: a number in its {part} is not finite")
