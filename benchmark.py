@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import NAMED, load, quantize
+from model import NETWORKS
 from utils import ArgumentParser, UserError, call, multiply_in_tf32, normal, number
 
 HERE = Path(__file__).resolve().parent
@@ -35,8 +36,8 @@ def parse_args(argv=None):
                     "matrix products; peak memory; seconds from the command to the first step. Medians of "
                     "interleaved passes. Arguments of train.py can be given too, by default --dataset mnist "
                     "--levels 2 --latent_size 20.")
-    parser.add_argument("--model", nargs="+", choices=("mlp", "cnn"), default=["mlp", "cnn"],
-                        help="(default: both)")
+    parser.add_argument("--model", nargs="+", choices=list(NETWORKS), default=["mlp", "cnn"],
+                        help="(default: mlp cnn)")
     parser.add_argument("--batch_size", nargs="+", type=number(int, 1), default=[128, 512], metavar="N",
                         help="(default: 128 512)")
     parser.add_argument("--images", type=number(int, 1), default=12_800, metavar="N",

@@ -47,17 +47,16 @@ class MLPDecoder(nn.Module):
         return self.net(z).view(-1, *self.shape)
 
 
-def pyramid(shape, num_filters):
-    """Sizes and widths of a CNN's levels: halved (rounding up) until neither side is above 8, at least once.
+def pyramid(shape, num_filters, growth=(1, 4, 8)):
+    """Sizes and widths of the levels: halved (rounding up) until neither side is above 8, at least once.
 
-    The first level has num_filters channels, the second four times as many, so that they hold as many
-    activations; from the third on it is eight times. → [(H, W), (⌈H/2⌉, ⌈W/2⌉), …], [channels of the first
-    halving, …]
+    The first level has num_filters channels, the others `growth` times as many: four times in the second
+    holds as many activations. → [(H, W), (⌈H/2⌉, ⌈W/2⌉), …], [channels of the first halving, …]
     """
     sizes = [tuple(shape[1:])]
     while len(sizes) == 1 or max(sizes[-1]) > 8:
         sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
-    return sizes, [num_filters * min(4 ** level, 8) for level in range(len(sizes) - 1)]
+    return sizes, [num_filters * growth[min(level, 2)] for level in range(len(sizes) - 1)]
 
 
 class CNNEncoder(nn.Module):
@@ -101,6 +100,78 @@ class CNNDecoder(nn.Module):
         return F.pixel_shuffle(self.out(x), 2)[..., :height, :width]
 
 
+class Residual(nn.Module):
+    """x + f(x), where f is two layers of x's width, non-linearities first (He et al. 2016)."""
+
+    def __init__(self, layer, width):
+        super().__init__()
+        self.first, self.second = layer(width, width), layer(width, width)
+
+    def forward(self, x):
+        return x + self.second(F.silu(self.first(F.silu(x))))
+
+
+def conv3(inputs, outputs, stride=1):
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+
+
+def residual_layers(widths):
+    """For each width but the first a linear layer to it and a residual block."""
+    return nn.Sequential(*(layer for i, o in zip(widths, widths[1:])
+                           for layer in (nn.Linear(i, o), Residual(nn.Linear, o))))
+
+
+class ResNetEncoder(nn.Module):
+    """Normalised images [B, C, H, W] → [B, outputs]: at each level a convolution of stride 2 and residual
+    blocks, one at the first level and two at the others; then residual layers of the widths hidden_dims.
+    """
+
+    def __init__(self, shape, outputs, hidden_dims=(512,), num_filters=16):
+        super().__init__()
+        sizes, widths = pyramid(shape, num_filters, growth=(1, 2, 4))
+        layers = []
+        for level, (i, o) in enumerate(zip([shape[0], *widths], widths)):
+            layers += [conv3(i, o, stride=2), *(Residual(conv3, o) for _ in range(min(level + 1, 2)))]
+        self.convs = nn.Sequential(*layers, nn.Conv2d(widths[-1], num_filters, 1))
+        self.hidden = residual_layers([num_filters * math.prod(sizes[-1]), *hidden_dims])
+        self.out = nn.Linear(hidden_dims[-1], outputs)
+
+    def forward(self, x):
+        x = F.silu(self.convs(x)).permute(0, 2, 3, 1).flatten(1)  # channels last: no copy
+        return self.out(F.silu(self.hidden(x)))
+
+
+class ResNetDecoder(nn.Module):
+    """z [B, latent_size] → the likelihood's parameters [B, channels, H, W]: the encoder in reverse, without
+    residual blocks at the level of the largest images; each level ends with a pixel shuffle.
+    """
+
+    def __init__(self, shape, channels, latent_size, hidden_dims=(512,), num_filters=16):
+        super().__init__()
+        sizes, widths = pyramid(shape, num_filters, growth=(1, 2, 4))
+        self.sizes, widths = sizes[::-1], widths[::-1]
+        self.hidden = residual_layers([latent_size, *reversed(hidden_dims)])
+        self.stem = nn.Linear(hidden_dims[0], num_filters * math.prod(self.sizes[0]))
+        self.widen = nn.Conv2d(num_filters, widths[0], 1)
+        self.levels = nn.ModuleList(
+            nn.Sequential(Residual(conv3, i), Residual(conv3, i), conv3(i, 4 * o), nn.PixelShuffle(2))
+            for i, o in zip(widths, widths[1:]))
+        self.out = conv3(widths[-1], 4 * channels)
+
+    def forward(self, z):
+        x = self.stem(F.silu(self.hidden(z))).view(len(z), *self.sizes[0], -1).permute(0, 3, 1, 2)
+        x = self.widen(x)
+        for level, (height, width) in zip(self.levels, self.sizes[1:]):
+            x = level(x)[..., :height, :width]  # an odd side came out one pixel too long
+        height, width = self.sizes[-1]
+        return F.pixel_shuffle(self.out(F.silu(x)), 2)[..., :height, :width]
+
+
+NETWORKS = {"mlp": (MLPEncoder, MLPDecoder, ["hidden_dims"]),
+            "cnn": (CNNEncoder, CNNDecoder, ["num_filters"]),
+            "resnet": (ResNetEncoder, ResNetDecoder, ["hidden_dims", "num_filters"])}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Models
 
@@ -131,13 +202,11 @@ class AE(nn.Module):
         self.channels = shape[0] * {"categorical": levels, "logistic": 2}.get(self.recon_loss, 1)
         seen = (shape[0] + bool(num_classes), *shape[1:])
         outputs, inputs = self.codes * latent_size, latent_size + num_classes
-        if model == "mlp":
-            self.encoder = MLPEncoder(seen, outputs, hidden_dims)
-            self.decoder = MLPDecoder(shape, self.channels, inputs, hidden_dims)
-        else:
-            self.encoder = CNNEncoder(seen, outputs, num_filters)
-            self.decoder = CNNDecoder(shape, self.channels, inputs, num_filters)
-            self.to(memory_format=torch.channels_last)
+        encoder, decoder, names = NETWORKS[model]
+        widths = {name: {"hidden_dims": hidden_dims, "num_filters": num_filters}[name] for name in names}
+        self.encoder = encoder(seen, outputs, **widths)
+        self.decoder = decoder(shape, self.channels, inputs, **widths)
+        self.to(memory_format=torch.channels_last)  # of convolutions
         if self.codes == 1:  # no prior: the Gaussian that fit_prior finds
             self.register_buffer("prior_mean", torch.zeros(latent_size))
             self.register_buffer("prior_scale", torch.eye(latent_size))

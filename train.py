@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DATASETS, load
-from model import DEFAULT_LOSS, build
+from model import DEFAULT_LOSS, NETWORKS, build
 from utils import (LOCAL_RANK, RANK, WORLD, ArgumentParser, RunLog, Signals, UserError, active_units,
                    all_finite, beta_schedule, call, default_device, default_precision, device_type,
                    interleave, load_checkpoint, locked, lr_schedule, multiply_in_tf32, normal, number,
@@ -54,15 +54,16 @@ def parse_args(argv=None):
 
     model = parser.add_argument_group("model")
     model.add_argument("--loss_mode", choices=("ae", "vae"), default="vae", help=default)
-    model.add_argument("--model", choices=("mlp", "cnn"), default="cnn", help=f"the networks {default}")
+    model.add_argument("--model", choices=list(NETWORKS), default="cnn", help=f"the networks {default}")
     model.add_argument("--conditional", action="store_true", help="a VAE given the class (default: not)")
     model.add_argument("--latent_size", "--z_dim", type=number(int, 1), default=32, metavar="N",
                        help=f"latent dimensions {default}")
     model.add_argument("--hidden_dims", type=number(int, 1), nargs="+", default=[512], metavar="N",
-                       help="mlp: widths of the encoder's hidden layers, reversed in the decoder (default: "
-                            "512)")
+                       help="mlp, resnet: widths of the encoder's hidden layers, reversed in the decoder "
+                            "(default: 512)")
     model.add_argument("--num_filters", type=number(int, 1), default=8, metavar="N",
-                       help=f"cnn: channels of the first level; the second has 4 N, all others 8 N {default}")
+                       help="channels of the first level; of the others cnn: 4 N, 8 N, …, resnet: 2 N, 4 N, "
+                            f"… {default}")
 
     objective = parser.add_argument_group("objective")
     objective.add_argument("--recon_loss", choices=("mse", "bce", "categorical", "logistic"),

@@ -318,7 +318,7 @@ def test_mse_is_the_summed_squared_error_on_minus_one_to_one():
     assert net.mean_image(params).numpy() == pytest.approx((mean + 1) / 2)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("kind", list(model.NETWORKS))
 @pytest.mark.parametrize("levels,bits", [(2, 1.0), (16, 4.0)])
 def test_a_model_of_zeros_costs_the_uniform_code(kind, levels, bits):
     net = zeroed(model.VAE((1, 28, 28), levels, kind))
@@ -381,7 +381,7 @@ def test_losses_are_sums_over_pixels_and_latents_and_means_over_the_batch():
     assert [t.item() for t in net(images, noise=noise)] == pytest.approx(each.mean(0).tolist())
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("kind", list(model.NETWORKS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", ["ae", "vae", "conditional"])
 def test_any_shape_trains_a_step_and_comes_back(mode, kind, shape):
@@ -439,7 +439,7 @@ def test_temperature_scales_the_prior_and_a_generator_repeats_it():
                        net.sample(4, generator=utils.stream(1))[0])
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("kind", list(model.NETWORKS))
 def test_a_conditional_model_uses_the_class_in_encoder_and_decoder(kind):
     torch.manual_seed(0)
     net = model.ConditionalVAE((1, 9, 21), 2, kind, 4, num_classes=3)
@@ -1370,7 +1370,7 @@ def test_images_that_would_hurt_are_left_out(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------
 # Precision, compilation, many processes
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("kind", list(model.NETWORKS))
 def test_in_bf16_only_the_networks_compute_in_bf16(kind):
     net = model.VAE((1, 28, 28), 2, kind, 4, hidden_dims=[32], num_filters=2)
     images, noise, inside = levels_like((1, 28, 28), 2), torch.randn(5, 4), {}
