@@ -1047,7 +1047,7 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 @pytest.mark.parametrize("flags", [
     "--model=mlp --levels=2 --binarize=stochastic --precision=fp32",
     "--model=cnn --conditional --beta_mode=linear --precision=bf16 --lr_schedule=cosine --ema=0.9",
-    "--model=cnn --loss_mode=ae --ema=0.99",
+    "--model=resnet --loss_mode=ae --ema=0.99",
     "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01 --precision=bf16",
     "--model=cnn --levels=16 --precision=fp32 --iw_train=3",
     "--model=cnn --compile --precision=bf16"])
