@@ -179,8 +179,9 @@ def binarize(images, *key):
         drawn = generator.random_raw((len(part) + 1) * size // 8 + 1).view(np.uint8)
         high, low = drawn[:part.size].reshape(part.shape), drawn[part.size:part.size + size]
         np.less(np.minimum(low, 254), part, out=ones)  # white is above any word
-        ones &= high == part
-        ones |= high < part
+        carry = ones.view(np.uint8)
+        high -= np.minimum(high, carry)  # where the low byte is below, high <= part is enough
+        np.less(high, part, out=ones)
     return torch.from_numpy(levels.view(np.uint8)).view(images.shape).to(images.device)
 
 
