@@ -43,9 +43,11 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=number(int, 0), default=1, metavar="N", help=default)
     parser.add_argument("--device", type=device_type, default=default_device(), help=default)
     args = parser.parse_args(argv)
+    drawing, measuring = ("only", "num_samples", "temperature", "classes"), ("iw_samples", "limit")
+    for name in drawing if args.evaluate else measuring:
+        if vars(args)[name] != parser.get_default(name):
+            parser.error(f"argument --{name}: goes {'without' if args.evaluate else 'with'} --evaluate")
     args.only = args.only.split(",")
-    if args.limit and not args.evaluate:
-        parser.error("argument --limit: goes with --evaluate")
     for name in args.only:
         if name not in PICTURES:
             parser.error(f"argument --only: {name!r} is none of {', '.join(PICTURES)}")
@@ -267,6 +269,9 @@ def read_data(args, trained, about):
     if any(data.about()[name] != about[name] for name in ("shape", "levels", "classes")):
         raise UserError(f"{args.dataset or trained['dataset']} is not what the model was trained on: "
                         f"{about['shape']}, classes {about['classes']}")
+    if args.evaluate and any(data.about()[name] != about[name] for name in ("images", "crc32")):
+        raise UserError(f"{args.dataset or trained['dataset']} has changed since the model was trained: its "
+                        "test images may be among those of the training now; bring it back as it was")
     return data
 
 

@@ -116,9 +116,9 @@ def conv3(inputs, outputs, stride=1):
 
 
 def residual_layers(widths):
-    """For each width but the first a linear layer to it and a residual block."""
+    """For each width but the first a linear layer to it, a residual block and a SiLU."""
     return nn.Sequential(*(layer for i, o in zip(widths, widths[1:])
-                           for layer in (nn.Linear(i, o), Residual(nn.Linear, o))))
+                           for layer in (nn.Linear(i, o), Residual(nn.Linear, o), nn.SiLU())))
 
 
 class ResNetEncoder(nn.Module):
@@ -133,12 +133,12 @@ class ResNetEncoder(nn.Module):
         for level, (i, o) in enumerate(zip([shape[0], *widths], widths)):
             layers += [conv3(i, o, stride=2), *(Residual(conv3, o) for _ in range(min(level + 1, 2)))]
         self.convs = nn.Sequential(*layers, nn.Conv2d(widths[-1], num_filters, 1))
-        self.hidden = residual_layers([num_filters * math.prod(sizes[-1]), *hidden_dims])
-        self.out = nn.Linear(hidden_dims[-1], outputs)
+        widths = [num_filters * math.prod(sizes[-1]), *hidden_dims]
+        self.hidden, self.out = residual_layers(widths), nn.Linear(widths[-1], outputs)
 
     def forward(self, x):
         x = F.silu(self.convs(x)).permute(0, 2, 3, 1).flatten(1)  # channels last: no copy
-        return self.out(F.silu(self.hidden(x)))
+        return self.out(self.hidden(x))
 
 
 class ResNetDecoder(nn.Module):
@@ -150,8 +150,9 @@ class ResNetDecoder(nn.Module):
         super().__init__()
         sizes, widths = pyramid(shape, num_filters, growth=(1, 2, 4))
         self.sizes, widths = sizes[::-1], widths[::-1]
-        self.hidden = residual_layers([latent_size, *reversed(hidden_dims)])
-        self.stem = nn.Linear(hidden_dims[0], num_filters * math.prod(self.sizes[0]))
+        dense = [latent_size, *reversed(hidden_dims)]
+        self.hidden = residual_layers(dense)
+        self.stem = nn.Linear(dense[-1], num_filters * math.prod(self.sizes[0]))
         self.widen = nn.Conv2d(num_filters, widths[0], 1)
         self.levels = nn.ModuleList(
             nn.Sequential(Residual(conv3, i), Residual(conv3, i), conv3(i, 4 * o), nn.PixelShuffle(2))
@@ -159,7 +160,7 @@ class ResNetDecoder(nn.Module):
         self.out = conv3(widths[-1], 4 * channels)
 
     def forward(self, z):
-        x = self.stem(F.silu(self.hidden(z))).view(len(z), *self.sizes[0], -1).permute(0, 3, 1, 2)
+        x = self.stem(self.hidden(z)).view(len(z), *self.sizes[0], -1).permute(0, 3, 1, 2)
         x = self.widen(x)
         for level, (height, width) in zip(self.levels, self.sizes[1:]):
             x = level(x)[..., :height, :width]  # an odd side came out one pixel too long

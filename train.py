@@ -49,6 +49,9 @@ def parse_args(argv=None):
                       help=f"with --levels 2: pixel > 0.5, or a fresh Bernoulli draw each time {default}")
     data.add_argument("--transform", choices=("none", "grayscale", "grayscale3"), default="none",
                       help=f"as stored, luminance in one channel, or in three {default}")
+    data.add_argument("--flip", action="store_true",
+                      help="mirror training images left to right, each time with probability 1/2 (default: "
+                           "not)")
     data.add_argument("--limit", type=number(int, 1), metavar="N",
                       help="keep the first N training images (default: all)")
 
@@ -58,12 +61,12 @@ def parse_args(argv=None):
     model.add_argument("--conditional", action="store_true", help="a VAE given the class (default: not)")
     model.add_argument("--latent_size", "--z_dim", type=number(int, 1), default=32, metavar="N",
                        help=f"latent dimensions {default}")
-    model.add_argument("--hidden_dims", type=number(int, 1), nargs="+", default=[512], metavar="N",
-                       help="mlp, resnet: widths of the encoder's hidden layers, reversed in the decoder "
-                            "(default: 512)")
+    model.add_argument("--hidden_dims", type=number(int, 1), nargs="*", default=[512], metavar="N",
+                       help="mlp, resnet: widths of the encoder's hidden layers beside the latents, reversed "
+                            "in the decoder; with no number there are none (default: 512)")
     model.add_argument("--num_filters", type=number(int, 1), default=8, metavar="N",
-                       help="channels of the first level; of the others cnn: 4 N, 8 N, …, resnet: 2 N, 4 N, "
-                            f"… {default}")
+                       help="cnn, resnet: channels of the first level; of the others cnn: 4 N, 8 N, 8 N, …, "
+                            f"resnet: 2 N, 4 N, 4 N, … {default}")
 
     objective = parser.add_argument_group("objective")
     objective.add_argument("--recon_loss", choices=("mse", "bce", "categorical", "logistic"),
@@ -279,7 +282,8 @@ def batches(split, order, args, *key, first=0):
     They are made for several steps at once (one by one they would take a twentieth of a small model's time),
     and their random numbers for all processes: whoever asks for a step, it is the same one.
     """
-    steps = max(1, 2**21 // (args.batch_size * math.prod(split.stored.shape[1:])))  # 2 MB of images
+    size = max(math.prod(split.stored.shape[1:]), 4 * math.prod(noise_shape(1, args)))  # bytes an image
+    steps = max(1, 2**21 // (args.batch_size * size))  # 2 MB
     for which, chunk in enumerate(order.split(steps * args.batch_size)):
         left = torch.arange(len(chunk)).split(args.batch_size)[max(0, first - which * steps):]
         if not left:
@@ -289,6 +293,9 @@ def batches(split, order, args, *key, first=0):
         sizes = [len(batch) for batch in mine]
         part = slice(None) if sum(sizes) == len(chunk) else torch.cat(mine)
         images, labels = split.batch(chunk, args.seed, "binarize", *key, which, part=part)
+        if args.flip and key[0] == "train":
+            mirrored = torch.rand(len(chunk), generator=stream(args.seed, "flip", *key, which)) < 0.5
+            images = torch.where(mirrored[part].to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
         noise = [None] * len(left)
         if args.loss_mode == "vae":
             shape = noise_shape(len(chunk), args)
@@ -413,8 +420,10 @@ def lost(args, state, checkpoints):
     """What to do without best.pt."""
     best = checkpoints / "best.pt"
     if state["epoch"] == args.epochs:
+        fixed = args.beta_mode != "constant" or args.lr_schedule != "constant"  # to that number of epochs
         raise UserError(f"{best} is missing or damaged, and with it the best epoch of a run that is over; "
-                        f"--epochs {args.epochs + 1} goes on from {checkpoints / 'last.pt'}")
+                        + (f"draw the last one: python infer.py --ckpt {checkpoints / 'last.pt'}" if fixed
+                           else f"--epochs {args.epochs + 1} goes on from {checkpoints / 'last.pt'}"))
     if RANK == 0:
         print(f"{best} is missing or damaged: the best epoch is looked for anew from here", file=sys.stderr)
     state["best"] = math.inf

@@ -327,6 +327,18 @@ def test_a_model_of_zeros_costs_the_uniform_code(kind, levels, bits):
     assert bpd.item() == pytest.approx(bits, rel=1e-6)
 
 
+def test_without_hidden_layers_an_mlp_is_linear():
+    net = model.AE((3, 9, 8), 256, "mlp", latent_size=5, hidden_dims=[])
+    x, y = torch.randn(2, 4, 3, 9, 8)
+    torch.testing.assert_close(net.encoder(x) + net.encoder(y), net.encoder(x + y) + net.encoder(0 * x))
+    x, y = torch.randn(2, 4, 5)
+    torch.testing.assert_close(net.decoder(x) + net.decoder(y), net.decoder(x + y) + net.decoder(0 * x))
+    net = model.VAE((3, 9, 8), 256, "resnet", latent_size=5, hidden_dims=[], num_filters=2)
+    assert len(net.encoder.hidden) == len(net.decoder.hidden) == 0
+    net(levels_like((3, 9, 8), 256, 2))[0].backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+
+
 @pytest.mark.parametrize("recon_loss,levels,bits", [("mse", 256, False), ("mse", 2, False),
                                                     ("bce", 16, False), ("bce", 256, False), ("bce", 2, True),
                                                     ("categorical", 2, True), ("logistic", 256, True)])
@@ -795,6 +807,16 @@ def test_the_moving_average_is_what_is_judged(folder, workplace, monkeypatch):
     assert measured["rec"] == pytest.approx(test["test_rec"], rel=0.02) and measured["psnr"] > 5
 
 
+def test_evaluation_refuses_a_dataset_that_has_changed(folder, workplace, capsys):
+    """The split of a plain folder is another with one image more: the test's were among the training's."""
+    shutil.copytree(folder, "images")
+    fit("images")
+    shutil.copy("images/0/" + sorted(os.listdir("images/0"))[0], "images/0/zzz.png")
+    status, error = outcome(infer.main, ["--evaluate"], capsys)
+    assert status == 1 and "images has changed" in error
+    assert not Path("results/run/evaluation.json").exists()
+
+
 def test_an_ae_is_measured_against_pca(folder, workplace):
     fit(folder, "--loss_mode=ae", "--ema=0.9")
     infer.main(["--evaluate", "--limit", "30"])
@@ -905,6 +927,19 @@ def test_several_seeds(folder, workplace, capsys):
     assert float(rows["test_loss"]["mean"]) == pytest.approx(np.mean(values))
     assert float(rows["test_loss"]["std"]) == pytest.approx(np.std(values, ddof=1))
     assert "±" in capsys.readouterr().out
+
+
+def test_flip_mirrors_half_of_the_training_images_and_no_others(folder, tmp_path):
+    args, _ = train.parse_args([f"--dataset={folder}", "--loss_mode=ae", "--flip"])
+    split, order = data.load(str(folder), tmp_path).train, torch.randperm(320)
+
+    def seen(*key):
+        return torch.cat([batch[0] for batch in train.batches(split, order, args, *key)])
+    stored, first, second = split.batch(order)[0], seen("train", 0), seen("train", 1)
+    kept, mirrored = ((first == images).flatten(1).all(1) for images in (stored, stored.flip(-1)))
+    assert (kept | mirrored).all() and 120 < kept.sum() < 200
+    assert torch.equal(first, seen("train", 0)) and not torch.equal(first, second)
+    assert torch.equal(seen("val"), stored)
 
 
 def test_names_are_numbered_when_taken(folder, workplace):
@@ -1047,7 +1082,7 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 @pytest.mark.parametrize("flags", [
     "--model=mlp --levels=2 --binarize=stochastic --precision=fp32",
     "--model=cnn --conditional --beta_mode=linear --precision=bf16 --lr_schedule=cosine --ema=0.9",
-    "--model=resnet --loss_mode=ae --ema=0.99",
+    "--model=resnet --loss_mode=ae --ema=0.99 --flip",
     "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01 --precision=bf16",
     "--model=cnn --levels=16 --precision=fp32 --iw_train=3",
     "--model=cnn --compile --precision=bf16"])
@@ -1120,12 +1155,16 @@ def test_a_copied_run_leaves_the_original_alone(folder, workplace):
 
 
 def test_a_lost_best_checkpoint_is_said_and_never_made_up(folder, workplace, capsys, monkeypatch):
-    run_epoch, ranks = train.run_epoch, iter([1.0, 3.0, 2.0])
+    run_epoch, ranks = train.run_epoch, iter([1.0, 3.0, 1.0, 3.0, 2.0])
     monkeypatch.setattr(train, "run_epoch", lambda *args: {**run_epoch(*args), "val_loss": next(ranks)})
     fit(folder, epochs=2)  # the first epoch is the best
+    fit(folder, "--lr_schedule=cosine", "--log_dir=annealed", epochs=2)
     damage(workplace / "checkpoints/run/best.pt", "a flipped bit")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt"], capsys)
     assert status == 1 and "best.pt is missing or damaged" in error and "--epochs 3" in error
+    damage(workplace / "checkpoints/annealed/best.pt", "a flipped bit")
+    status, error = outcome(train.main, ["--resume", "checkpoints/annealed/last.pt"], capsys)
+    assert status == 1 and "--epochs" not in error and "infer.py --ckpt checkpoints/annealed/last.pt" in error
     train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
     assert "looked for anew" in capsys.readouterr().err
     assert json.loads(Path("results/run/test.json").read_text())["epoch"] == 3
@@ -1435,12 +1474,13 @@ def gradients(case, n, beta=0.7):
     torch.manual_seed(0)
     args = Namespace(seed=3, batch_size=max(n, 2), latent_size=3, device="cpu", precision="fp32", grad_clip=0,
                      progress_bar=False, compile=False, loss_mode="ae" if case == "ae" else "vae", epochs=1,
-                     lr_schedule="constant", lr=0, iw_train=4 if case == "weighted" else 0, ema=0)
+                     lr_schedule="constant", lr=0, iw_train=4 if case == "weighted" else 0, ema=0,
+                     flip=case == "resnet")
     pixels = torch.randint(256, (n, 1, 9, 11), dtype=torch.uint8)
     split = data.Split(pixels, torch.arange(n), torch.arange(n) % 2, 2, stochastic=case == "stochastic")
     kind = dict(ae=model.AE, conditional=model.ConditionalVAE).get(case, model.VAE)
     net = kind(
-        (1, 9, 11), 2, "mlp" if case == "mlp" else "cnn", 3, hidden_dims=[16], num_filters=2,
+        (1, 9, 11), 2, case if case in model.NETWORKS else "cnn", 3, hidden_dims=[16], num_filters=2,
         **dict(num_classes=2) if case == "conditional" else {{}},
         **dict(iw_train=4) if case == "weighted" else {{}}).double()
     everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
@@ -1455,7 +1495,7 @@ def main():
     what, rest = sys.argv[1], sys.argv[2:]
     if what == "gradients":
         with utils.processes():
-            cases = ("mlp", "cnn", "ae", "conditional", "stochastic", "weighted")
+            cases = ("mlp", "cnn", "resnet", "ae", "conditional", "stochastic", "weighted")
             found = {{f"{{case}} {{n}}": gradients(case, n) for case in cases for n in (8, 7, 1)}}
         if utils.RANK == 0:
             torch.save(found, rest[0])
@@ -1492,7 +1532,7 @@ def torchrun(tmp_path, monkeypatch):
 
 def test_gradients_of_two_and_three_processes_are_those_of_one(torchrun):
     one, *others = [torchrun(n, "gradients", f"{n}.pt") and torch.load(f"{n}.pt") for n in (1, 2, 3)]
-    assert len(one) == 18
+    assert len(one) == 21
     for other in others:
         for case, (grads, *figures) in one.items():
             assert sum(grad.abs().sum() for grad in grads) > 1e-3
@@ -1505,7 +1545,7 @@ def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder):
     def argv(name):
         return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--model=mlp",
                 "--batch_size=30", "--epochs=4", "--lr=3e-3", f"--log_dir={name}", "--levels=2",
-                "--binarize=stochastic", "--precision=fp32"]
+                "--binarize=stochastic", "--flip", "--precision=fp32"]
     for n, name in ((1, "one"), (2, "whole")):
         status, out, err = torchrun(n, "run", *argv(name))
         assert status == 0 and out.count("epoch 4/4") == 1, err
@@ -1599,6 +1639,7 @@ WRONG = [  # (script, its arguments, what the line says)
     *((infer, *row) for row in [
         ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"),
         ("--num_samples 0", "--num_samples"), ("--iw_samples 0", "--iw_samples"), ("--limit 5", "--evaluate"),
+        ("--iw_samples 50", "with --evaluate"), ("--evaluate --only samples", "without --evaluate"),
         ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"),
         ("--seed x", "--seed")])]
 
