@@ -305,7 +305,7 @@ def main(argv=None):
         for name, value in figures.items():
             if value is not None:
                 print(f"{name:18s} {value:,}" if isinstance(value, int) else f"{name:18s} {value:.4f}")
-        write_json(folder / "evaluation.json", figures)
+        write_json(folder / "evaluation.json", {"ckpt": args.ckpt.as_posix(), **figures})
         print(folder / "evaluation.json")
         return
 

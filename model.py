@@ -331,7 +331,8 @@ class AE(nn.Module):
         Raises FloatingPointError where a z is not finite.
         """
         mean, covariance = moments((self.embed(images) for images in batches), self.latent_size, total)
-        ridge = 1e-6 * covariance.diagonal().mean() + 1e-12  # unused dimensions have no variance
+        # Unused dimensions have no variance; what rounding leaves of it grows with their mean.
+        ridge = 1e-6 * covariance.diagonal().mean() + 1e-12 + 1e-14 * mean.square().sum()
         self.prior_mean.copy_(mean)
         self.prior_scale.copy_(torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean)).to(mean)))
 

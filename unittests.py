@@ -430,6 +430,15 @@ def test_draws_follow_the_likelihood(levels):
         assert ((frequency - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt() + 1e-4).all()
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 300.0, 3e5])
+def test_latents_that_never_change_still_give_a_prior(scale):
+    net = zeroed(model.AE((1, 8, 8), 2, "mlp", latent_size=32))
+    torch.nn.init.normal_(net.encoder.net[-1].bias, std=scale)
+    net.fit_prior(levels_like((1, 8, 8), 2, 1000).split(300))
+    z = net.prior(5, 1.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(z, net.encoder.net[-1].bias.detach().expand(5, -1), rtol=1e-4, atol=1e-3)
+
+
 def test_an_ae_samples_from_the_gaussian_fitted_to_its_latents():
     torch.manual_seed(0)
     net = model.AE((1, 8, 8), 256, "mlp", 3, hidden_dims=[16])
@@ -805,6 +814,7 @@ def test_the_moving_average_is_what_is_judged(folder, workplace, monkeypatch):
     infer.main(["--evaluate"])
     measured = json.loads(Path("results/run/evaluation.json").read_text())
     assert measured["rec"] == pytest.approx(test["test_rec"], rel=0.02) and measured["psnr"] > 5
+    assert measured["ckpt"] == "checkpoints/run/best.pt"
 
 
 def test_evaluation_refuses_a_dataset_that_has_changed(folder, workplace, capsys):
