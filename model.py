@@ -126,7 +126,7 @@ class ResNetEncoder(nn.Module):
     blocks, one at the first level and two at the others; then residual layers of the widths hidden_dims.
     """
 
-    def __init__(self, shape, outputs, hidden_dims=(512,), num_filters=16):
+    def __init__(self, shape, outputs, hidden_dims=(512,), num_filters=8):
         super().__init__()
         sizes, widths = pyramid(shape, num_filters, growth=(1, 2, 4))
         layers = []
@@ -146,7 +146,7 @@ class ResNetDecoder(nn.Module):
     residual blocks at the level of the largest images; each level ends with a pixel shuffle.
     """
 
-    def __init__(self, shape, channels, latent_size, hidden_dims=(512,), num_filters=16):
+    def __init__(self, shape, channels, latent_size, hidden_dims=(512,), num_filters=8):
         super().__init__()
         sizes, widths = pyramid(shape, num_filters, growth=(1, 2, 4))
         self.sizes, widths = sizes[::-1], widths[::-1]

@@ -327,6 +327,16 @@ def test_a_model_of_zeros_costs_the_uniform_code(kind, levels, bits):
     assert bpd.item() == pytest.approx(bits, rel=1e-6)
 
 
+def test_a_residual_block_adds_to_its_input():
+    block, x = model.Residual(torch.nn.Linear, 6).double(), torch.randn(5, 6).double()
+    (w, b), (v, c) = ((layer.weight.detach().numpy(), layer.bias.detach().numpy())
+                      for layer in (block.first, block.second))
+
+    def silu(a):
+        return a / (1 + np.exp(-a))
+    assert block(x).detach().numpy() == pytest.approx(x.numpy() + silu(silu(x.numpy()) @ w.T + b) @ v.T + c)
+
+
 def test_without_hidden_layers_an_mlp_is_linear():
     net = model.AE((3, 9, 8), 256, "mlp", latent_size=5, hidden_dims=[])
     x, y = torch.randn(2, 4, 3, 9, 8)
