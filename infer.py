@@ -3,23 +3,27 @@
 import math
 import re
 import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-
 from tqdm import tqdm
 
-from data import load
-from model import VAE, build
-from utils import (KLD, ArgumentParser, UserError, active_units, call, default_device, device_type,
-                   elbo_to_bpd, interleave, load_checkpoint, moments, multiply_in_tf32, normal, number,
-                   one_line, save_grid, save_picture, stream, visualize_manifold, write_json)
+import figures
+from data import Data, load
+from model import AE, VAE, build
+from utils import (KLD, ArgumentParser, UserError, active_units, call, checkpoint_file, default_device,
+                   device_type, elbo_to_bpd, image_grid, interleave, load_checkpoint, moments,
+                   multiply_in_tf32, normal, number, one_line, save_grid, save_picture, stream,
+                   visualize_manifold, write_json)
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Turn a checkpoint into pictures, or measure it, in results/<run>/.")
     default = "(default: %(default)s)"
-    parser.add_argument("--ckpt", type=Path, metavar="FILE",
+    parser.add_argument("--ckpt", type=Path, nargs="+", metavar="FILE",
                         help="(default: the newest checkpoints/**/best.pt)")
     parser.add_argument("--results_dir", metavar="DIR",
                         help="where pictures go (default: where the training's went)")
@@ -34,8 +38,13 @@ def parse_args(argv=None):
                         help=f"scales the prior's standard deviation {default}")
     parser.add_argument("--classes", nargs="+", metavar="NAME",
                         help="of a conditional model: only these (default: all)")
-    parser.add_argument("--evaluate", action="store_true",
-                        help="measure the model on the test images in place of drawing (default: draw)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--evaluate", action="store_true",
+                      help="measure the model on the test images in place of drawing (default: draw)")
+    mode.add_argument("--compare", action="store_true",
+                      help="one picture of several checkpoints side by side (default: draw)")
+    mode.add_argument("--explore", action="store_true",
+                      help="a window to move through the latent space by hand (default: draw)")
     parser.add_argument("--iw_samples", type=number(int, 1), default=500, metavar="K",
                         help=f"with --evaluate: latents an image for the likelihood {default}")
     parser.add_argument("--limit", type=number(int, 1), metavar="N",
@@ -43,24 +52,21 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=number(int, 0), default=1, metavar="N", help=default)
     parser.add_argument("--device", type=device_type, default=default_device(), help=default)
     args = parser.parse_args(argv)
-    drawing, measuring = ("only", "num_samples", "temperature", "classes"), ("iw_samples", "limit")
-    for name in drawing if args.evaluate else measuring:
-        if vars(args)[name] != parser.get_default(name):
-            parser.error(f"argument --{name}: goes {'without' if args.evaluate else 'with'} --evaluate")
+    chosen = next((name for name in ("evaluate", "compare", "explore") if vars(args)[name]), "draw")
+    for name, modes in (("only", "draw"), ("num_samples", "draw"), ("temperature", "draw, compare, explore"),
+                        ("classes", "draw, compare, explore"), ("iw_samples", "evaluate"),
+                        ("limit", "evaluate")):
+        if vars(args)[name] != parser.get_default(name) and chosen not in modes:
+            parser.error(f"argument --{name}: goes with " + (
+                "--evaluate" if modes == "evaluate" else f"drawing, not with --{chosen}"))
     args.only = args.only.split(",")
     for name in args.only:
         if name not in PICTURES:
             parser.error(f"argument --only: {name!r} is none of {', '.join(PICTURES)}")
-    if args.ckpt is None:
-        found = sorted(Path("checkpoints").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            parser.error("argument --ckpt: there is no checkpoints/**/best.pt here; train one with python "
-                         "train.py")
-        args.ckpt = found[-1]
-    if not args.ckpt.is_file():
-        parser.error(f"argument --ckpt: {str(args.ckpt)!r} is "
-                     f"{'a folder' if args.ckpt.is_dir() else 'not there'}; "
-                     "only a file such as checkpoints/NAME/best.pt")
+    args.ckpt = [checkpoint_file(parser, path) for path in args.ckpt or [None]]
+    if args.compare != (len(args.ckpt) > 1):
+        parser.error("argument --compare: goes with two or more checkpoints after --ckpt" if args.compare else
+                     f"argument --ckpt: {len(args.ckpt)} checkpoints, but only --compare takes more than one")
     return args
 
 
@@ -78,107 +84,283 @@ def restore(path, device):
     return model.to(device).eval(), state
 
 
-def chosen_classes(args, about):
-    """The labels that --classes gives, all by default; by number where no class has a number for its name.
-
-    → int64 [n]
-    """
-    names = about["classes"]
-    label = {name: i for i, name in enumerate(names)}
-    if not any(name.isdecimal() for name in names):
-        label |= {str(i): i for i in range(len(names))}
-    unknown = [name for name in args.classes or () if name not in label]
-    if unknown:
-        raise UserError(f"--classes: there is no {', '.join(unknown)}, only {', '.join(names)}")
-    return torch.tensor([label[name] for name in args.classes or names], device=args.device)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# One function a picture: (model, about, split, args, save) → nothing, or why there is none.
-# split is the test split, None where the dataset is not on this machine.
+# One function a picture: subject → nothing, or why there is none.
 
-def samples(model, about, split, args, save):
+@dataclass
+class Subject:
+    """What is drawn: a checkpoint's model, and what goes with it.
+
+    state: the checkpoint; data: None where the dataset is not on this machine; folder: for the pictures
+    """
+    model: AE
+    state: dict
+    data: Data | None
+    args: Namespace
+    folder: Path
+
+    def __post_init__(self):
+        self.trained, self.about = self.state["args"], self.state["data"]
+        self.conditional = self.trained["conditional"]
+
+    def save(self, name, draw, caption, *content):
+        """Write a picture: draw(path, caption, *content)."""
+        draw(self.folder / name, f"{self.trained['log_dir']}: {caption}", *content)
+        print(self.folder / name)
+
+    @cached_property
+    def classes(self):
+        """The labels that --classes gives, all by default; by number where no class has a number for its
+        name. → int64 [n]
+        """
+        names, asked = self.about["classes"], self.args.classes
+        label = {name: i for i, name in enumerate(names)}
+        if not any(name.isdecimal() for name in names):
+            label |= {str(i): i for i in range(len(names))}
+        unknown = [name for name in asked or () if name not in label]
+        if unknown:
+            raise UserError(f"--classes: there is no {', '.join(unknown)}, only {', '.join(names)}")
+        return torch.tensor([label[name] for name in asked or names], device=self.args.device)
+
+    def shuffled(self, purpose):
+        """The test images, or those of the chosen classes, in a random order. → indices, int64 [n]"""
+        split = self.data.test
+        order = torch.randperm(len(split), generator=stream(self.args.seed, purpose)).to(self.args.device)
+        return order[torch.isin(split.labels[order], self.classes)] if self.conditional else order
+
+    def images(self, index):
+        """Test images at `index` → in [0, 1], their latents, their labels."""
+        images, labels = self.data.test.batch(index)
+        return images / (self.about["levels"] - 1), self.model.embed(images, labels), labels
+
+    def decoded(self, z, labels=None):
+        return self.model.mean_image(self.model.decode(z.to(self.args.device), labels))
+
+    @cached_property
+    def codes(self):
+        """Latents of up to 10,000 test images, or, where these are not here, of images that the model draws.
+
+        → z (means) and std, [N, D] each, labels [N], all on the CPU; order: dimensions, most active first;
+        kl, active: [D], None for an AE, whose dimensions are in the order of their variance
+        """
+        if self.data:
+            order = self.shuffled("latents")[:10_000]
+            batches = (self.data.test.batch(index) for index in order.split(500))
+        else:
+            labels = None
+            if self.conditional:
+                labels = self.classes[torch.arange(2000, device=self.args.device) % len(self.classes)]
+            drawn, _ = self.model.sample(2000, labels, 1.0, stream(self.args.seed, "latents"))
+            labels = drawn.new_zeros(2000, dtype=torch.long) if labels is None else labels
+            batches = zip(drawn.split(500), labels.split(500))
+        codes, labels = [], []
+        for images, label in batches:
+            code = self.model.encode(images, label)
+            codes.append(torch.stack(code if isinstance(self.model, VAE) else (code, code)).cpu())
+            labels.append(label.cpu())
+        z, log_std = torch.cat(codes, 1)
+        found = Namespace(z=z, std=log_std.exp(), labels=torch.cat(labels), kl=None, active=None)
+        weight = z.var(0)
+        if isinstance(self.model, VAE):
+            found.kl = weight = KLD(z.T[..., None], log_std.T[..., None]).mean(1)
+            found.active = z.var(0, correction=0) > 0.01
+        found.order = weight.argsort(descending=True)
+        return found
+
+    def plane(self):
+        """Where latents are seen in two dimensions: these themselves, or their first two principal
+        components.
+
+        → origin [D], directions [2, D], names of the axes
+        """
+        z, d = self.codes.z, self.model.latent_size
+        if d <= 2:
+            return torch.zeros(d), torch.eye(2, d), ["z1", "z2" if d == 2 else "(one dimension)"]
+        mean, covariance = moments([z], d)
+        variances, directions = torch.linalg.eigh(covariance)  # in ascending order
+        shares = variances.flip(0)[:2] / variances.sum().clamp_min(1e-30)
+        return mean.float(), directions.T.flip(0)[:2].float(), [
+            f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)]
+
+    def spread(self):
+        """The mean and the standard deviation of each latent dimension before any image is seen, [D] each."""
+        rows = self.model.to_prior(torch.zeros(1, self.model.latent_size, device=self.args.device))
+        if isinstance(self.model, VAE):
+            return rows[0].cpu(), torch.ones(self.model.latent_size)
+        return rows[0].cpu(), self.model.prior_scale.norm(dim=1).cpu()
+
+
+def samples(it):
     """Mean images of samples from the prior and, where the likelihood is one of discrete pixels, draws from
     it.
     """
-    columns, labels = math.ceil(math.sqrt(args.num_samples)), None
-    if args.conditional:
-        labels = chosen_classes(args, about)
-        labels = labels[torch.arange(args.num_samples, device=args.device) * len(labels) // args.num_samples]
-    drawn, mean = model.sample(args.num_samples, labels, args.temperature, stream(args.seed, "samples"))
-    save(mean, "samples", columns, f"samples from {model.prior_name}: mean images")
-    if model.is_likelihood:
-        save(drawn / (about["levels"] - 1), "samples_drawn", columns,
-             f"the same samples from {model.prior_name}: pixels drawn from the likelihood")
+    n, labels = it.args.num_samples, None
+    if it.conditional:
+        labels = it.classes[torch.arange(n, device=it.args.device) * len(it.classes) // n]
+    drawn, mean = it.model.sample(n, labels, it.args.temperature, stream(it.args.seed, "samples"))
+    columns = math.ceil(math.sqrt(n))
+    it.save("samples.png", save_grid, f"samples from {it.model.prior_name}: mean images", mean, columns)
+    if it.model.is_likelihood:
+        it.save("samples_drawn.png", save_grid, f"the same samples from {it.model.prior_name}: pixels drawn "
+                "from the likelihood", drawn / (it.about["levels"] - 1), columns)
 
 
-def reconstructions(model, about, split, args, save):
+def reconstructions(it):
     """Random test images, and below each the decoder's mean image of its latent."""
-    order = shuffled(split, about, args, "reconstructions")
+    order = it.shuffled("reconstructions")
     if not len(order):
         return "no test image is of these classes"
-    images, labels = split.batch(order[:64])
-    pairs = interleave(images / (about["levels"] - 1), model.reconstruct(images, labels), 16)
-    save(pairs, "reconstructions", 16, "test images, the reconstruction below each")
+    images, z, labels = it.images(order[:64])
+    it.save("reconstructions.png", save_grid, "test images, the reconstruction below each",
+            interleave(images, it.decoded(z, labels), 16), 16)
 
 
-def interpolations(model, about, split, args, save, steps=10):
-    """Straight lines in the latent space between two test images (of one class where the model is
-    conditional).
+def interpolations(it, pairs=5, steps=9):
+    """Lines in the latent space between test images of different classes, straight and on the sphere; for a
+    conditional model between two images of one class.
     """
-    order = shuffled(split, about, args, "interpolations")
+    order = it.shuffled("interpolations")
     if not len(order):
         return "no test image is of these classes"
-    first, last = order[:8], order.flip(0)[:8]
-    if args.conditional:
-        last = torch.stack([order[split.labels[order] == split.labels[i]][-1] for i in first])
-    (a, labels), (b, _) = split.batch(first), split.batch(last)
-    weights = torch.linspace(0, 1, steps, device=a.device)[:, None]
-    rows = []
-    for i, (start, end) in enumerate(zip(model.embed(a, labels), model.embed(b, labels))):
-        between = model.mean_image(model.decode(torch.lerp(start, end, weights), labels[i].expand(steps)))
-        rows += [a[i:i + 1] / (about["levels"] - 1), between, b[i:i + 1] / (about["levels"] - 1)]
-    save(torch.cat(rows), "interpolations", steps + 2,
-         "test images at the two ends, between them the straight line from the one's latent to the other's")
+    labels, first, last = it.data.test.labels, order[:pairs], []
+    for i in first:
+        others = order[~torch.isin(order, torch.stack([i, *last]))]
+        fitting = others[(labels[others] == labels[i]) == it.conditional]
+        last.append(next(found[-1] for found in (fitting, others, order) if len(found)))
+    (a, starts, labels), (b, ends, _) = it.images(first), it.images(torch.stack(last))
+    weights, centre = torch.linspace(0, 1, steps, device=a.device)[:, None], it.spread()[0].to(a.device)
+    rows, names = [], []
+    for i, (start, end) in enumerate(zip(starts, ends)):
+        for name, line in (("linear", torch.lerp), ("spherical", slerp)):
+            z = centre + line(start - centre, end - centre, weights)
+            rows += [a[i:i + 1], it.decoded(z, labels[i].expand(steps)), b[i:i + 1]]
+            names.append(name)
+    it.save("interpolations.png", figures.labelled_grid, "between the latents of two test images"
+            + (" of one class" if it.conditional else " of different classes" if it.about["classes"] else ""),
+            torch.cat(rows), steps + 2, names,
+            ["image", *(f"{t:.3g}" for t in weights[:, 0].tolist()), "image"])
 
 
-def manifold(model, about, split, args, save):
+def manifold(it):
     """A 2-D latent space, decoded at the percentiles of the prior; for a conditional model one picture a
     class.
     """
-    if model.latent_size != 2:
-        return f"the latent has {model.latent_size} dimensions, not 2"
-    for label in chosen_classes(args, about) if args.conditional else [None]:
+    if it.model.latent_size != 2:
+        return f"the latent has {it.model.latent_size} dimensions, not 2"
+    for label in it.classes if it.conditional else [None]:
         def decoder(z):
-            z = model.to_prior(args.temperature * z.to(args.device))
-            return model.mean_image(model.decode(z, label if label is None else label.expand(len(z)))).cpu()
-        name = "" if label is None else about["classes"][label]
-        file, caption = "manifold", f"the 2-D latent space at the percentiles of {model.prior_name}"
+            z = it.model.to_prior(it.args.temperature * z.to(it.args.device))
+            return it.decoded(z, label if label is None else label.expand(len(z))).cpu()
+        name = "" if label is None else it.about["classes"][label]
+        file, caption = "manifold", f"the 2-D latent space at the percentiles of {it.model.prior_name}"
         if name:
             file, caption = re.sub(r"[^\w-]+", "_", f"{file}_{name}"), f"{caption}, class {name}"
-        save(visualize_manifold(decoder), file, None, caption)
+        it.save(f"{file}.png", save_picture, caption, visualize_manifold(decoder))
 
 
-def classes(model, about, split, args, save, columns=10):
+def classes(it, columns=10):
     """A row a class, the same latent down each column."""
-    if not args.conditional:
+    if not it.conditional:
         return "the model is not conditional"
-    labels = chosen_classes(args, about)
-    z = model.prior(columns, args.temperature, stream(args.seed, "classes"))
-    images = model.mean_image(model.decode(z.repeat(len(labels), 1), labels.repeat_interleave(columns)))
-    names = ", ".join(about["classes"][label] for label in labels.tolist())
-    save(images, "classes", columns, f"a row a class ({names}), the same latent down each column")
+    z = it.model.prior(columns, it.args.temperature, stream(it.args.seed, "classes"))
+    images = it.decoded(z.repeat(len(it.classes), 1), it.classes.repeat_interleave(columns))
+    it.save("classes.png", figures.labelled_grid, "a row a class, the same latent down each column", images,
+            columns, [it.about["classes"][label] for label in it.classes.tolist()])
 
 
-def shuffled(split, about, args, purpose):
-    """The images of the split, or those of the chosen classes, in a random order. → indices, int64 [n]"""
-    order = torch.randperm(len(split), generator=stream(args.seed, purpose)).to(args.device)
-    return order[torch.isin(split.labels[order], chosen_classes(args, about))] if args.conditional else order
+def latents(it):
+    """The test images' latents, coloured by class."""
+    origin, directions, axes = it.plane()
+    points = (it.codes.z - origin) @ directions.T
+    what = "latents" if it.codes.kl is None else "means of the posterior"
+    it.save("latents.png", figures.latents, f"{what} of {len(points):,} test images", points, it.codes.labels,
+            it.about["classes"], axes)
+
+
+def units(it):
+    """KL by latent dimension, and the posterior averaged over images beside the prior."""
+    codes = it.codes
+    if codes.kl is None:
+        return "an AE has no KL"
+    if len(codes.z) < 20:
+        return "fewer than 20 test images cannot tell a variance"
+    first = codes.order[:6]
+    reach = max(4.0, (codes.z[:, first].abs() + 2 * codes.std[:, first]).quantile(0.99).item())
+    t = torch.linspace(-reach, reach, 201)
+    densities = {}
+    for d in first.tolist():
+        normal = torch.distributions.Normal(codes.z[:, d, None], codes.std[:, d, None])
+        densities[f"z{d + 1}"] = normal.log_prob(t).exp().mean(0)
+    n = int(codes.active.sum())
+    it.save("units.png", figures.units, f"{n} of {it.model.latent_size} units active (their mean's variance "
+            f"over {len(codes.z):,} test images is above 0.01), KL {codes.kl.sum():.1f} nats",
+            codes.kl[codes.order], codes.active[codes.order], t, densities)
+
+
+def traversals(it, rows=10, steps=11):
+    """A row a latent dimension, most active first, the others held at those of a test image."""
+    order = it.shuffled("traversals")
+    if not len(order):
+        return "no test image is of these classes"
+    _, z, label = it.images(order[:1])
+    centre, spread = it.spread()
+    offsets, chosen = torch.linspace(-3, 3, steps), it.codes.order[:rows].tolist()
+    z = z.cpu().repeat(len(chosen) * steps, 1)
+    for row, d in enumerate(chosen):
+        z[row * steps:(row + 1) * steps, d] = centre[d] + offsets * spread[d]
+    names = [f"z{d + 1}" + (f" ({it.codes.kl[d]:.2f} nats)" if it.codes.kl is not None else "")
+             for d in chosen]
+    it.save("traversals.png", figures.labelled_grid, "the most active latent dimensions one by one, from -3 "
+            "to 3 standard deviations; the others as in a test image", it.decoded(z, label.expand(len(z))),
+            steps, names, [f"{round(offset, 1) + 0.0:.1f}" for offset in offsets.tolist()])
+
+
+def nearest(it, n=8, k=9):
+    """Samples beside the training images nearest to them in pixels: what was learned by heart shows."""
+    labels = it.classes[torch.arange(n, device=it.args.device) % len(it.classes)] if it.conditional else None
+    _, mean = it.model.sample(n, labels, it.args.temperature, stream(it.args.seed, "nearest"))
+    unseen = it.shuffled("nearest")[:100]
+    if not len(unseen):
+        return "no test image is of these classes"
+    asked, train, scale = torch.cat([mean, it.images(unseen)[0]]), it.data.train, it.about["levels"] - 1
+    distances, rows = asked.new_zeros(len(asked), 0), torch.zeros(len(asked), 0, dtype=torch.long)
+    for which, index in enumerate(torch.arange(len(train)).split(2000)):
+        images = train.batch(index, "nearest", which)[0] / scale
+        distances = torch.cat([distances, torch.cdist(asked.flatten(1), images.flatten(1))], 1)
+        distances, kept = distances.topk(min(k, distances.shape[1]), largest=False)
+        rows = torch.cat([rows, index.expand(len(asked), -1)], 1).gather(1, kept.cpu())
+    found = train.batch(rows[:n].flatten(), "nearest", "found")[0].view(n, -1, *it.model.shape) / scale
+    shown = torch.cat([mean[:, None], found], 1)
+    it.save("nearest.png", figures.labelled_grid, "samples (mean images) and the training images nearest to "
+            "each, with the distance of the nearest; of unseen test images that is "
+            f"{distances[n:, 0].median():.2f} (median)", shown.flatten(0, 1), shown.shape[1],
+            [f"{d:.2f}" for d in distances[:n, 0].tolist()],
+            ["sample", "nearest", *map(str, range(2, shown.shape[1]))])
+
+
+def progress(it):
+    """The samples after each epoch of the training, as a film."""
+    frames = sorted(Path(it.trained["results_dir"], it.trained["log_dir"]).glob("samples_[0-9]*.png"))
+    if len(frames) < 2:
+        return "it is made of the training's samples_EEE.png, of two epochs or more"
+    it.save("progress.gif", figures.progress, "", frames)
+
+
+def slerp(start, end, weights):
+    """Points between two vectors [D] on the arc of a circle around 0, which keeps their length (Shoemake
+    1985); on the straight line where both point in one direction, or in opposite ones. weights: [N, 1]
+    """
+    cosine = torch.nn.functional.cosine_similarity(start, end, dim=0)
+    if cosine.abs() > 1 - 1e-6:
+        return torch.lerp(start, end, weights)
+    angle = cosine.acos()
+    return (torch.sin((1 - weights) * angle) * start + torch.sin(weights * angle) * end) / torch.sin(angle)
 
 
 PICTURES = {"samples": samples, "reconstructions": reconstructions, "interpolations": interpolations,
-            "manifold": manifold, "classes": classes}
-NEED_DATA = {"reconstructions", "interpolations"}
+            "manifold": manifold, "classes": classes, "latents": latents, "units": units,
+            "traversals": traversals, "nearest": nearest, "progress": progress}
+NEED_DATA = {"reconstructions", "interpolations", "latents", "units", "traversals", "nearest"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,25 +402,25 @@ def evaluate(model, data, args):
                 sums["rec"].append(model.reconstruction_loss(params, images).cpu().double())
             bar.update(len(index))
     each = {name: torch.cat(parts) for name, parts in sums.items() if parts}
-    figures = dict.fromkeys(("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples",
+    measured = dict.fromkeys(("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples",
                              "active_units", "squared_error", "psnr", "pca_squared_error", "images"))
-    figures |= {"rec": each["rec"].mean().item(), "images": len(order)}
+    measured |= {"rec": each["rec"].mean().item(), "images": len(order)}
     if is_vae:
-        figures["kl"] = each["kl"].mean().item()
+        measured["kl"] = each["kl"].mean().item()
         if len(order) >= 20:  # fewer cannot tell a variance
-            figures["active_units"] = active_units(torch.cat(embedded))
+            measured["active_units"] = active_units(torch.cat(embedded))
     if bounded:
-        neg_elbo = figures["rec"] + figures["kl"]
-        figures |= {"neg_elbo": neg_elbo, "bpd": elbo_to_bpd(neg_elbo, (1, *model.shape)),
+        neg_elbo = measured["rec"] + measured["kl"]
+        measured |= {"neg_elbo": neg_elbo, "bpd": elbo_to_bpd(neg_elbo, (1, *model.shape)),
                     "iw_nll": each["iw_nll"].mean().item(), "iw_samples": k,
                     "iw_nll_se": each["iw_nll"].std().item() / math.sqrt(len(order)) if len(order) > 1
                     else None}
     else:
         error = each["squared_error"].mean().item()
-        figures |= {"squared_error": error,
+        measured |= {"squared_error": error,
                     "psnr": -10 * math.log10(error / math.prod(model.shape)) if error else None,
                     "pca_squared_error": pca_squared_error(data, order, model.latent_size)}
-    return figures
+    return measured
 
 
 def pca_squared_error(data, order, components):
@@ -275,47 +457,112 @@ def read_data(args, trained, about):
     return data
 
 
+UNTOLD = {"log_dir", "results_dir", "checkpoint_dir", "data_dir", "overwrite", "resume", "progress_bar",
+          "save_every", "seeds"}  # arguments that make no other model
+
+
+def compare(subjects, args):
+    """compare.png: the same latents decoded, the same images reconstructed, and figures of several models."""
+    options = sorted({name for it in subjects for name in it.trained} - UNTOLD)
+    differ = [name for name in options if len({str(it.trained.get(name)) for it in subjects}) > 1]
+    columns = []
+    for it in subjects:
+        last, labels, pairs, error, active = (it.state["history"] or [{}])[-1], None, None, None, None
+        if it.conditional:
+            labels = it.classes[torch.arange(36, device=args.device) * len(it.classes) // 36]
+        _, mean = it.model.sample(36, labels, args.temperature, stream(args.seed, "samples"))
+        if it.data and len(order := it.shuffled("reconstructions")):
+            parts = []
+            for index in order[:1000].split(500):
+                images, z, labels = it.images(index)
+                parts.append((images, it.decoded(z, labels)))
+            images, decoded = (torch.cat(part) for part in zip(*parts))
+            pairs = image_grid(interleave(images[:18], decoded[:18], 6), 6)
+            error = (images - decoded).square().flatten(1).sum(1).mean().item()
+            active = None if it.codes.active is None else int(it.codes.active.sum())
+        columns.append((
+            [f"{it.trained['log_dir']}, epoch {it.state['epoch']}",
+             *(f"{name} {it.trained.get(name)}" for name in differ)],
+            image_grid(mean, 6), pairs,
+            {"parameters": f"{sum(p.numel() for p in it.model.parameters()):,}",
+             "val reconstruction": two_places(last.get("val_rec")),
+             "val KL, nats": two_places(last.get("val_kl")),
+             "val bits/dim": "–" if last.get("val_bpd") is None else f"{last['val_bpd']:.4f}",
+             "test squared error": two_places(error),
+             "active units": "–" if active is None else str(active)}))
+    path = Path(args.results_dir or subjects[0].trained["results_dir"]) / "compare.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures.compare(path, "samples, test images with the reconstruction below each, figures", columns)
+    for figure in columns[0][3]:
+        print(f"{figure:20s}", *(f"{column[3][figure]:>12s}" for column in columns))
+    print(path)
+
+
+def two_places(value):
+    return "–" if value is None else f"{value:.2f}"
+
+
+def explore(it):
+    """A window with the decoder's image of a latent, and what moves it → the window, see figures.Explorer."""
+    codes, (origin, directions, _), (centre, spread) = it.codes, it.plane(), it.spread()
+    numbers = it.classes.tolist() if it.conditional else []
+
+    @torch.no_grad()
+    def decode(z, label):
+        return it.decoded(z, torch.tensor([numbers[label]], device=it.args.device) if numbers else None)[0]
+
+    names = it.about["classes"] if it.data or numbers else []
+    return figures.Explorer(
+        f"{it.trained['log_dir']}: {'test images' if it.data else 'images that the model drew'} as points",
+        decode, lambda: it.model.prior(1, it.args.temperature)[0].cpu(),
+        (codes.z[0], numbers.index(codes.labels[0]) if numbers else None), codes.order[:10].tolist(), centre,
+        spread, (codes.z - origin) @ directions.T, codes.labels, names, origin, directions,
+        [it.about["classes"][number] for number in numbers])
+
+
+def open_checkpoint(path, args):
+    """→ what is to be drawn; its dataset too, where something needs it and it is here."""
+    model, state = restore(path, args.device)
+    trained = state["args"]
+    folder = Path(args.results_dir or trained["results_dir"]) / trained["log_dir"]
+    it = Subject(model, state, None, args, folder)
+    if args.classes and not it.conditional:
+        raise UserError(f"--classes: {path} is not a conditional model")
+    if it.conditional:
+        it.classes  # one that does not exist ends it before anything is drawn
+    if args.evaluate or args.compare or args.explore or NEED_DATA & set(args.only):
+        try:
+            it.data = read_data(args, trained, state["data"])
+        except (UserError, OSError) as error:
+            if args.evaluate:
+                raise
+            print(f"without the dataset: {error}", file=sys.stderr)
+    return it
+
+
 @torch.no_grad()
 def main(argv=None):
     args = parse_args(argv)
     multiply_in_tf32(False)
-    model, state = restore(args.ckpt, args.device)
-    trained, about = state["args"], state["data"]
-    args.conditional = trained["conditional"]
-    if args.classes and not args.conditional:
-        raise UserError(f"--classes: {args.ckpt} is not a conditional model")
-    if args.conditional:
-        chosen_classes(args, about)  # a class that does not exist ends it before anything is drawn
-
-    data = None
-    if args.evaluate or NEED_DATA & set(args.only):
-        try:
-            data = read_data(args, trained, about)
-        except (UserError, OSError) as error:
-            if args.evaluate:
-                raise
-            left_out = [name for name in args.only if name in NEED_DATA]
-            args.only = [name for name in args.only if name not in NEED_DATA]
-            print(f"left out {', '.join(left_out)}: {error}", file=sys.stderr)
-
-    folder = Path(args.results_dir or trained["results_dir"]) / trained["log_dir"]
-    folder.mkdir(parents=True, exist_ok=True)
+    subjects = [open_checkpoint(path, args) for path in args.ckpt]
+    if args.compare:
+        return compare(subjects, args)
+    it = subjects[0]
+    if args.explore:
+        window = explore(it)  # whose widgets live as long as they have a name
+        figures.open_window()
+        return window.figure
+    it.folder.mkdir(parents=True, exist_ok=True)
     if args.evaluate:
-        figures = evaluate(model, data, args)
-        for name, value in figures.items():
+        measured = evaluate(it.model, it.data, args)
+        for name, value in measured.items():
             if value is not None:
                 print(f"{name:18s} {value:,}" if isinstance(value, int) else f"{name:18s} {value:.4f}")
-        write_json(folder / "evaluation.json", {"ckpt": args.ckpt.as_posix(), **figures})
-        print(folder / "evaluation.json")
+        write_json(it.folder / "evaluation.json", {"ckpt": args.ckpt[0].as_posix(), **measured})
+        print(it.folder / "evaluation.json")
         return
-
-    def save(images, name, nrow, caption):
-        path, caption = folder / f"{name}.png", f"{trained['log_dir']}: {caption}"
-        save_picture(images, path, caption) if nrow is None else save_grid(images, path, nrow, caption)
-        print(path)
-
     for name in args.only:
-        reason = PICTURES[name](model, about, data and data.test, args, save)
+        reason = "it needs the dataset" if name in NEED_DATA and not it.data else PICTURES[name](it)
         if reason:
             print(f"left out {name}: {reason}", file=sys.stderr)
 

@@ -89,9 +89,9 @@ def parse_args(argv=None):
                               help=f"AdamW's learning rate {default}")
     optimisation.add_argument("--lr_schedule", choices=("constant", "cosine"), default="constant",
                               help=f"cosine: up from 0 within the first steps, then down to 0 {default}")
-    optimisation.add_argument("--ema", type=number(float, 0), default=0.0, metavar="DECAY",
-                              help="judge and draw with a moving average of the weights, of this decay, such "
-                                   "as 0.999 (default: 0, off)")
+    optimisation.add_argument("--ema", type=number(float, 0), default=0.999, metavar="DECAY",
+                              help="judge and draw with a moving average of the weights, of this decay a "
+                                   "step; 0: off (default: %(default)s)")
     optimisation.add_argument("--weight_decay", type=number(float, 0), default=0.0, metavar="W",
                               help=f"AdamW's decoupled weight decay {default}")
     optimisation.add_argument("--grad_clip", type=number(float, 0), default=0.0, metavar="NORM",
@@ -222,6 +222,9 @@ def resume_args(parser, defaults, given):
 # ------------------------------------------------------------------------------------------------------------
 # The two loops
 
+FOLLOWED = 16  # steps after which the average of weights follows; after each, a small model would slow down
+
+
 def train_epoch(model, data, optimizer, args, state, beta, tick, ema=None):
     """The rest of one pass over the training images in a new order → the pass's mean rec, kl, bpd (see
     AE.forward).
@@ -255,8 +258,10 @@ def train_epoch(model, data, optimizer, args, state, beta, tick, ema=None):
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.param_groups[0]["lr"] = lr_of(state["step"])
         optimizer.step()
-        if ema:
-            follow(ema, model, min(args.ema, (1 + state["step"]) / (10 + state["step"])))
+        done += 1
+        if ema and (done % FOLLOWED == 0 or done == steps):
+            decay = min(args.ema, (1 + state["step"]) / (10 + state["step"]))
+            follow(ema, model, decay ** ((done - 1) % FOLLOWED + 1))
         state["sums"] = add_up(state["sums"], terms, count)
         state["step"] += 1
         tick()
@@ -316,7 +321,7 @@ def learning_rate(args, data):
 
 @torch.no_grad()
 def follow(ema, model, decay):
-    """A step of an exponential moving average of weights."""
+    """ema ← decay · ema + (1 - decay) · model, for all weights."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -556,6 +561,8 @@ def verified(path):
     fit.
     """
     state = load_checkpoint(path)
+    if "optimizer" in state and state["optimizer"] is None:
+        raise UserError(f"{path} was packed for drawing, without what training needs to go on")
     try:
         model, optimizer = build_both(Namespace(**{**state["args"], "device": "cpu"}), state["data"])
         restore(model, copy.deepcopy(model) if state["args"]["ema"] else None, optimizer, state)
@@ -651,12 +658,12 @@ def draw_epoch(model, data, args, epoch, folder):
         n = 8 * len(data.classes)
         labels = torch.arange(n, device=args.device) // 8
     _, samples = model.sample(n, labels, generator=stream(args.seed, "samples"))
-    save_grid(samples, folder / f"samples_{epoch:03d}.png", 8,
-              f"{args.log_dir}, epoch {epoch}: samples from {model.prior_name}")
+    save_grid(folder / f"samples_{epoch:03d}.png",
+              f"{args.log_dir}, epoch {epoch}: samples from {model.prior_name}", samples, 8)
     images, labels = data.val.batch(torch.arange(min(32, len(data.val))))
     pairs = interleave(images / (data.levels - 1), model.reconstruct(images, labels), 8)
-    save_grid(pairs, folder / f"reconstructions_{epoch:03d}.png", 8,
-              f"{args.log_dir}, epoch {epoch}: validation images, reconstructions below each")
+    save_grid(folder / f"reconstructions_{epoch:03d}.png",
+              f"{args.log_dir}, epoch {epoch}: validation images, reconstructions below each", pairs, 8)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -664,7 +671,8 @@ def draw_epoch(model, data, args, epoch, folder):
 
 OURS = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png",
         "samples*.png", "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png",
-        "last.pt", "best.pt", "*.tmp")
+        "latents.png", "units.png", "traversals.png", "nearest.png", "progress.gif", "last.pt",
+        "best.pt", "*.tmp")
 
 
 def holds_run(folder):

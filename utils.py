@@ -430,7 +430,7 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def save_picture(image, path, caption):
+def save_picture(path, caption, image):
     """Write one image with a caption below it as PNG.
 
     image: [3, H, W] in [0, 1]; enlarged by a whole factor where it is small
@@ -457,10 +457,14 @@ def interleave(above, below, nrow):
     return torch.cat([part for pair in rows for part in pair])
 
 
-def save_grid(images, path, nrow, caption):
+def image_grid(images, nrow):
+    """Images [N, C, H, W] in [0, 1] → one image of them [3, H', W'], nrow images a row, a line between."""
+    return _torchvision().utils.make_grid(images.float().cpu(), nrow=nrow, padding=1, pad_value=0.4)
+
+
+def save_grid(path, caption, images, nrow):
     """Write images [N, C, H, W] in [0, 1] as one captioned PNG, nrow images a row."""
-    grid = _torchvision().utils.make_grid(images.float().cpu(), nrow=nrow, padding=1, pad_value=0.4)
-    save_picture(grid, path, caption)
+    save_picture(path, caption, image_grid(images, nrow))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -486,10 +490,30 @@ def atomic_write(path, content):
         raise OSError(error.errno, error.strerror, str(path))  # a failed write does not say where
 
 
-def save_checkpoint(path, state):
-    buffer = io.BytesIO()  # torch.save to a full disk would say something else than the system
+def checkpoint_bytes(state):
+    buffer = io.BytesIO()
     torch.save({"format": f"{FORMAT} {VERSION}", **state}, buffer)
-    atomic_write(path, buffer.getbuffer())
+    return buffer.getbuffer()
+
+
+def save_checkpoint(path, state):
+    atomic_write(path, checkpoint_bytes(state))  # torch.save to a full disk would say something else
+
+
+def checkpoint_file(parser, path):
+    """The file that --ckpt names, or without it the newest checkpoints/**/best.pt; ends the command where
+    there is none.
+    """
+    if path is None:
+        found = sorted(Path("checkpoints").glob("**/best.pt"), key=lambda found: found.stat().st_mtime)
+        if not found:
+            parser.error("argument --ckpt: there is no checkpoints/**/best.pt here; train one with python "
+                         "train.py")
+        path = found[-1]
+    if not path.is_file():
+        parser.error(f"argument --ckpt: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
+                     "only a file such as checkpoints/NAME/best.pt")
+    return path
 
 
 def load_checkpoint(path):

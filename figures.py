@@ -1,0 +1,257 @@
+"""The figures of infer.py: tensors in, PNG and GIF files or a window out. Knows nothing of checkpoints.
+
+Each function writes one file; `title` stands above the figure, images are [N, C, H, W] in [0, 1].
+"""
+
+import math
+import textwrap
+
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+
+from utils import UserError, image_grid
+
+
+def array(image):
+    """[C, H, W] in [0, 1] → what imshow takes, [H, W, 3]."""
+    return image.float().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+
+
+def colours(n):
+    """n colours that can be told apart, as well as n allows."""
+    return [colormaps["tab10" if n <= 10 else "tab20"](i) for i in range(n)] if n <= 20 else \
+        [colormaps["turbo"](i / (n - 1)) for i in range(n)]
+
+
+def labelled_grid(path, title, images, columns, row_labels=None, column_labels=None):
+    """A grid of images, `columns` a row, with labels at its left and above it."""
+    height, width = images.shape[-2:]
+    grid = array(image_grid(images, columns))
+    scale, dpi = math.ceil(56 / max(height, width)), 100
+    inches = scale * grid.shape[1] / dpi, scale * grid.shape[0] / dpi
+    figure = Figure(figsize=inches, dpi=dpi)
+    axis = figure.add_axes([0, 0, 1, 1])
+    axis.imshow(grid, interpolation="nearest", aspect="auto",
+                extent=(0, grid.shape[1], grid.shape[0], 0))
+    axis.tick_params(length=0, labelsize=9, top=False, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    axis.set_xticks([1 + width / 2 + i * (width + 1) for i in range(columns)] if column_labels else [],
+                    column_labels or [])
+    axis.set_yticks([1 + height / 2 + i * (height + 1) for i in range(-(-len(images) // columns))]
+                    if row_labels else [], row_labels or [])
+    axis.set_title(textwrap.fill(title, max(24, int(inches[0] * 14))), fontsize=10, loc="left", pad=8)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
+
+
+def latents(path, title, points, labels, names, axes):
+    """A scatter of latents by class.
+
+    points: [N, 2]; labels: [N]; names: of the classes, none of which there may be; axes: what x and y are
+    """
+    figure = Figure(figsize=(7.5, 6), layout="constrained")
+    scatter(figure.subplots(), points, labels, names)
+    figure.axes[0].set(xlabel=axes[0], ylabel=axes[1])
+    figure.axes[0].set_title(textwrap.fill(title, 80), fontsize=10, loc="left")
+    figure.savefig(path, dpi=100)
+
+
+def scatter(axis, points, labels, names):
+    shades = colours(len(names)) if names else ["tab:blue"]
+    shown = sorted(set(labels.tolist())) if names else []
+    axis.scatter(*points.T.tolist(), s=5, alpha=0.6, linewidths=0,
+                 color=[shades[i] for i in labels.tolist()] if names else shades[0])
+    if 1 < len(names) <= 20:
+        marks = [axis.plot([], [], ".", markersize=12, color=shades[i])[0] for i in shown]
+        axis.legend(marks, [names[i] for i in shown], loc="center left", bbox_to_anchor=(1, 0.5),
+                    frameon=False)
+    axis.set_box_aspect(1)
+
+
+def units(path, title, kl, active, t, densities):
+    """KL by latent dimension, most active first, and the aggregate posterior of the first few.
+
+    kl, active: [D], in the order to show them in; t: [T]; densities: name → [T], beside which N(0, 1) is set
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 120), fontsize=10, x=0.01, ha="left")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+    axis, ranks = left.subplots(), torch.arange(1, len(kl) + 1)
+    top = 1.05 * kl.max().clamp_min(1e-3).item()
+    if not active.all():
+        axis.bar(ranks[~active].tolist(), top, width=1, color="0.9",
+                 label=f"inactive ({int((~active).sum())})")
+    axis.bar(ranks.tolist(), kl.tolist(), width=0.8 if len(kl) <= 200 else 1, color="tab:blue",
+             label=f"active ({int(active.sum())})")
+    axis.set(xlabel="latent dimension, in order of its KL", ylabel="KL, nats", xlim=(0.4, len(kl) + 0.6),
+             ylim=(0, top))
+    axis.locator_params(axis="x", integer=True)
+    axis.legend(loc="upper right")
+    panels = right.subplots(-(-len(densities) // 3), min(3, len(densities)), sharex=True, sharey=True,
+                            squeeze=False)
+    for axis, (name, density) in zip(panels.flat, densities.items()):
+        axis.fill_between(t.tolist(), density.tolist(), color="tab:blue", alpha=0.5, linewidth=0,
+                          label="aggregate posterior")
+        axis.plot(t.tolist(), (torch.exp(-t ** 2 / 2) / math.sqrt(2 * math.pi)).tolist(), "k--", linewidth=1,
+                  label="N(0, 1)")
+        axis.set_title(name, fontsize=9)
+        axis.set_yticks([])
+    for axis in panels.flat[len(densities):]:
+        axis.set_visible(False)
+    right.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                 frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def progress(path, title, frames, most=60):
+    """An animated GIF of picture files, which have their own titles, the last one held; of more than `most`
+    evenly chosen ones.
+    """
+    chosen = sorted({round(i * (len(frames) - 1) / (most - 1)) for i in range(most)})
+    images = []
+    for i in chosen:
+        with Image.open(frames[i]) as image:
+            images.append(image.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+    images[0].save(path, save_all=True, append_images=images[1:], loop=0,
+                   duration=[300] * (len(images) - 1) + [2000])
+
+
+def compare(path, title, columns):
+    """Models side by side.
+
+    columns: of each model the lines of its caption, the same number for all; samples and reconstructions,
+        grids [3, H, W] in [0, 1] (None where there are none); name → text, the same names for all
+    """
+    cell, gap, line, margin = 3.2, 0.15, 0.19, 1.45  # inches
+    heights = [max((cell * grid.shape[1] / grid.shape[2] for grid in grids if grid is not None), default=0)
+               for grids in list(zip(*columns))[1:3]]
+    lines = len(columns[0][0]), len(columns[0][3])
+    width = margin + len(columns) * (cell + gap)
+    height = sum(heights) + 4.5 * gap + line * (sum(lines) + 1)
+    figure = Figure(figsize=(width, height))
+
+    def write(x, y, text, **style):
+        figure.text(x / width, 1 - y / height, text, fontsize=9, va="top", **style)
+    write(gap, gap / 2, title)
+    for i, (caption, *grids, values) in enumerate(columns):
+        left, top = margin + i * (cell + gap), line + gap
+        for text in caption:
+            write(left + cell / 2, top, text, ha="center")
+            top += line
+        for grid, tall in zip(grids, heights):
+            top += gap
+            if grid is not None:
+                axis = figure.add_axes([left / width, 1 - (top + tall) / height, cell / width, tall / height])
+                axis.imshow(array(grid), interpolation="nearest")
+                axis.set_axis_off()
+            top += tall
+        top += gap / 2
+        for name, text in values.items():
+            if i == 0:
+                write(left - gap, top, name, ha="right", color="0.3")
+            write(left + cell / 2, top, text, ha="center")
+            top += line
+    figure.savefig(path, dpi=100)
+
+
+class Explorer:
+    """A window with one decoded image, sliders for its latent, and what else changes it.
+
+    decode: z [1, D], class (None where there are no `classes`) → an image [C, H, W] in [0, 1]
+    draw: () → z [D] from the prior; start: z [D] and class to begin with
+    sliders: dimensions, most active first; centre, spread: [D], sliders reach from -3 to 3 spreads
+    points, labels, names: of the scatter, see `scatter`; origin [D], directions [2, D]: its plane
+    """
+
+    def __init__(self, title, decode, draw, start, sliders, centre, spread, points, labels, names, origin,
+                 directions, classes):
+        from matplotlib import pyplot, widgets
+        pyplot.rcParams["webagg.address"] = "127.0.0.1"  # nobody else's machine sees the page
+        try:
+            self.figure = pyplot.figure(title, figsize=(12, 6.4))
+        except (ImportError, RuntimeError) as error:
+            raise UserError(f"--explore: {' '.join(str(error).split())}; {WAYS_TO_SHOW}")
+        self.decode, self.draw, self.start, self.classes = decode, draw, start, classes
+        self.origin, self.directions, self.dimensions = origin, directions, sliders
+        self.z, self.label = start[0].clone(), start[1]
+        self.figure.text(0.02, 0.955, title, fontsize=11)
+
+        self.picture_axis = self.figure.add_axes([0.02, 0.2, 0.3, 0.7])
+        self.picture_axis.set_axis_off()
+        self.picture = self.picture_axis.imshow(self.image(), interpolation="nearest")
+        self.buttons = {}
+        for i, (name, act) in enumerate((("random", self.random), ("reset", self.reset))):
+            axis = self.figure.add_axes([0.07 + 0.11 * i, 0.1, 0.09, 0.06])
+            self.buttons[name] = widgets.Button(axis, name)
+            self.buttons[name].on_clicked(act)
+
+        self.map = self.figure.add_axes([0.36, 0.2, 0.34, 0.7])
+        scatter(self.map, points, labels, names)
+        self.map.set_title("click to decode a point", fontsize=9)
+        self.mark, = self.map.plot([], [], "k+", markersize=14, markeredgewidth=2)
+        self.figure.canvas.mpl_connect("button_press_event", self.click)
+
+        room = 0.43 if classes else 0.8
+        self.sliders = []
+        for i, dimension in enumerate(sliders):
+            low, high = (float(centre[dimension] + side * spread[dimension]) for side in (-3, 3))
+            axis = self.figure.add_axes([0.85, 0.9 - room * (i + 1) / max(6, len(sliders)), 0.1, 0.03])
+            self.sliders.append(widgets.Slider(axis, f"z{dimension + 1}", low, high, valfmt="%.1f",
+                                               valinit=float(self.z[dimension])))
+            self.sliders[-1].on_changed(lambda value, dimension=dimension: self.slide(dimension, value))
+        self.radio = None
+        if classes:
+            axis = self.figure.add_axes([0.85, 0.03, 0.13, 0.4])
+            axis.set_title("class", fontsize=9)
+            self.radio = widgets.RadioButtons(axis, classes, active=self.label)
+            self.radio.on_clicked(self.choose)
+        self.show()
+
+    def image(self):
+        return array(self.decode(self.z[None], self.label))
+
+    def show(self):
+        """Bring everything in line with the latent and the class."""
+        self.picture.set_data(self.image())
+        self.mark.set_data(*((self.directions @ (self.z - self.origin))[:, None].tolist()))
+        for slider, dimension in zip(self.sliders, self.dimensions):
+            slider.eventson = False
+            slider.set_val(float(self.z[dimension]))
+            slider.eventson = True
+        self.figure.canvas.draw_idle()
+
+    def slide(self, dimension, value):
+        self.z[dimension] = value
+        self.show()
+
+    def choose(self, name):
+        self.label = self.classes.index(name)
+        self.show()
+
+    def random(self, event=None):
+        self.z = self.draw()
+        self.show()
+
+    def reset(self, event=None):
+        self.z = self.start[0].clone()
+        if self.radio:
+            self.radio.set_active(self.start[1])
+        self.show()
+
+    def click(self, event):
+        if event.inaxes is self.map:
+            self.z = self.origin + self.z.new_tensor([event.xdata, event.ydata]) @ self.directions
+            self.show()
+
+
+WAYS_TO_SHOW = ("on a desktop a toolkit such as tkinter (python3-tk) opens a window; in a browser on this "
+                "machine, pip install tornado, then MPLBACKEND=WebAgg python infer.py --explore")
+
+
+def open_window():
+    """Show what pyplot has, until the user closes it. Raises UserError where no window can be opened."""
+    from matplotlib import pyplot
+    if pyplot.get_backend().lower() == "agg":
+        raise UserError(f"--explore: no window can be opened here; {WAYS_TO_SHOW}")
+    pyplot.show()

@@ -1,0 +1,83 @@
+"""A zip to hand in: the code, a checkpoint and its run's pictures: python submit.py"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from utils import (ArgumentParser, UserError, atomic_write, call, checkpoint_bytes, checkpoint_file,
+                   load_checkpoint, one_line)
+
+CODE = ("*.py", "README.md", "requirements.txt", "LICENSE")
+RESULTS = ("*.png", "*.gif", "*.csv", "*.json")
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description="Pack the code, a checkpoint and its run's pictures into a zip from "
+                                        "which infer.py runs.")
+    parser.add_argument("--ckpt", type=Path, metavar="FILE",
+                        help="(default: the newest checkpoints/**/best.pt)")
+    parser.add_argument("--out", type=Path, default=Path("submission.zip"), metavar="FILE",
+                        help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    args.ckpt = checkpoint_file(parser, args.ckpt)
+    if args.out.suffix != ".zip" or args.out.is_dir():
+        parser.error(f"argument --out: {str(args.out)!r} is not allowed, only a file that ends in .zip")
+    if not args.out.parent.is_dir():
+        parser.error(f"argument --out: the folder {str(args.out.parent)!r} is not there")
+    return args
+
+
+def for_drawing(state):
+    """A checkpoint without what only training needs, to lie beside the code."""
+    args = {**state["args"], "results_dir": "results", "checkpoint_dir": "checkpoints"}
+    model = state.get("ema") or state["model"]
+    return {**state, "args": args, "model": model, "ema": None, "optimizer": None}
+
+
+def contents(ckpt):
+    """→ the name in the zip of the checkpoint, and of every file its bytes."""
+    here, state = Path(__file__).parent, load_checkpoint(ckpt)
+    run = state["args"]["log_dir"]
+    packed = f"checkpoints/{run}/{ckpt.name}"
+    files = {path.name: path.read_bytes() for pattern in CODE for path in sorted(here.glob(pattern))}
+    for name in re.findall(r"\]\((results/[^)]+)\)", files.get("README.md", b"").decode()):
+        if (here / name).is_file():
+            files[name] = (here / name).read_bytes()
+    for pattern in RESULTS:
+        for path in sorted(Path(state["args"]["results_dir"], run).glob(pattern)):
+            files[f"results/{run}/{path.name}"] = path.read_bytes()
+    return packed, {**files, packed: bytes(checkpoint_bytes(for_drawing(state)))}
+
+
+def prove(archive, ckpt):
+    """Unpack a zip elsewhere and draw from the checkpoint in it. Raises UserError where that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(archive) as unpacked:
+            unpacked.extractall(folder)
+        drawn = subprocess.run([sys.executable, "infer.py", "--ckpt", ckpt, "--results_dir", "drawn"],
+                               cwd=folder, capture_output=True, text=True)
+        if drawn.returncode or not any(Path(folder, "drawn").rglob("samples.png")):
+            last = (drawn.stderr.strip() or "nothing was drawn").splitlines()[-1]
+            raise UserError(f"infer.py does not run from the zip, so none was written: {one_line(last)}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    ckpt, files = contents(args.ckpt)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder, "submission.zip")
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in sorted(files):
+                packed.writestr(name, files[name])
+        prove(archive, ckpt)
+        atomic_write(args.out, archive.read_bytes())
+    for name in sorted(files):
+        print(f"{len(files[name]):>12,}  {name}")
+    print(f"{args.out}: {args.out.stat().st_size:,} bytes; infer.py ran from it")
+
+
+if __name__ == "__main__":
+    call(main)
