@@ -4,14 +4,21 @@ Each function writes one file; `title` stands above the figure, images are [N, C
 """
 
 import math
+import os
 import textwrap
+import warnings
 
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from PIL import Image
 
 from utils import UserError, image_grid
+
+BACKEND = os.environ.pop("MPLBACKEND", None)  # for --explore alone; one that is not here fails the import
+from matplotlib import colormaps, rcParams  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+rcParams["text.parse_math"] = False  # names of classes and runs may hold a $
+warnings.filterwarnings("ignore", "Glyph .* missing from")  # or signs that the font lacks
 
 
 def array(image):
@@ -25,11 +32,15 @@ def colours(n):
         [colormaps["turbo"](i / (n - 1)) for i in range(n)]
 
 
+def short(text, most=24):
+    return text if len(text) <= most else text[:most // 2] + "…" + text[-(most // 2):]
+
+
 def labelled_grid(path, title, images, columns, row_labels=None, column_labels=None):
     """A grid of images, `columns` a row, with labels at its left and above it."""
     height, width = images.shape[-2:]
     grid = array(image_grid(images, columns))
-    scale, dpi = math.ceil(56 / max(height, width)), 100
+    scale, dpi = max(math.ceil(56 / max(height, width)), math.ceil(18 / height), math.ceil(44 / width)), 100
     inches = scale * grid.shape[1] / dpi, scale * grid.shape[0] / dpi
     figure = Figure(figsize=inches, dpi=dpi)
     axis = figure.add_axes([0, 0, 1, 1])
@@ -40,7 +51,7 @@ def labelled_grid(path, title, images, columns, row_labels=None, column_labels=N
     axis.set_xticks([1 + width / 2 + i * (width + 1) for i in range(columns)] if column_labels else [],
                     column_labels or [])
     axis.set_yticks([1 + height / 2 + i * (height + 1) for i in range(-(-len(images) // columns))]
-                    if row_labels else [], row_labels or [])
+                    if row_labels else [], list(map(short, row_labels or [])))
     axis.set_title(textwrap.fill(title, max(24, int(inches[0] * 14))), fontsize=10, loc="left", pad=8)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
 
@@ -64,7 +75,7 @@ def scatter(axis, points, labels, names):
                  color=[shades[i] for i in labels.tolist()] if names else shades[0])
     if 1 < len(names) <= 20:
         marks = [axis.plot([], [], ".", markersize=12, color=shades[i])[0] for i in shown]
-        axis.legend(marks, [names[i] for i in shown], loc="center left", bbox_to_anchor=(1, 0.5),
+        axis.legend(marks, [short(names[i], 12) for i in shown], loc="center left", bbox_to_anchor=(1, 0.5),
                     frameon=False)
     axis.set_box_aspect(1)
 
@@ -111,8 +122,11 @@ def progress(path, title, frames, most=60):
     chosen = sorted({round(i * (len(frames) - 1) / (most - 1)) for i in range(most)})
     images = []
     for i in chosen:
-        with Image.open(frames[i]) as image:
-            images.append(image.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+        try:
+            with Image.open(frames[i]) as image:
+                images.append(image.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+        except OSError as error:
+            raise UserError(f"{frames[i]} cannot be read ({error}); without it the others make the film")
     images[0].save(path, save_all=True, append_images=images[1:], loop=0,
                    duration=[300] * (len(images) - 1) + [2000])
 
@@ -137,7 +151,7 @@ def compare(path, title, columns):
     for i, (caption, *grids, values) in enumerate(columns):
         left, top = margin + i * (cell + gap), line + gap
         for text in caption:
-            write(left + cell / 2, top, text, ha="center")
+            write(left + cell / 2, top, short(text, 44), ha="center")
             top += line
         for grid, tall in zip(grids, heights):
             top += gap
@@ -167,11 +181,7 @@ class Explorer:
     def __init__(self, title, decode, draw, start, sliders, centre, spread, points, labels, names, origin,
                  directions, classes):
         from matplotlib import pyplot, widgets
-        pyplot.rcParams["webagg.address"] = "127.0.0.1"  # nobody else's machine sees the page
-        try:
-            self.figure = pyplot.figure(title, figsize=(12, 6.4))
-        except (ImportError, RuntimeError) as error:
-            raise UserError(f"--explore: {' '.join(str(error).split())}; {WAYS_TO_SHOW}")
+        self.figure = pyplot.figure(title, figsize=(12, 6.4))
         self.decode, self.draw, self.start, self.classes = decode, draw, start, classes
         self.origin, self.directions, self.dimensions = origin, directions, sliders
         self.z, self.label = start[0].clone(), start[1]
@@ -200,13 +210,17 @@ class Explorer:
             self.sliders.append(widgets.Slider(axis, f"z{dimension + 1}", low, high, valfmt="%.1f",
                                                valinit=float(self.z[dimension])))
             self.sliders[-1].on_changed(lambda value, dimension=dimension: self.slide(dimension, value))
-        self.radio = None
+        self.chooser = None
         if classes:
-            axis = self.figure.add_axes([0.85, 0.03, 0.13, 0.4])
-            axis.set_title("class", fontsize=9)
-            self.radio = widgets.RadioButtons(axis, classes, active=self.label)
-            self.radio.on_clicked(self.choose)
-        self.show()
+            self.class_axis = self.figure.add_axes([0.85, 0.03, 0.13, 0.4 if len(classes) <= 12 else 0.03])
+            if len(classes) <= 12:
+                self.chooser = widgets.RadioButtons(self.class_axis, [short(name, 14) for name in classes])
+                self.chooser.on_clicked(lambda name: self.choose(self.chooser.index_selected))
+            else:
+                self.chooser = widgets.Slider(self.class_axis, "", 0, len(classes) - 1, valstep=1)
+                self.chooser.valtext.set_visible(False)
+                self.chooser.on_changed(self.choose)
+        self.reset()
 
     def image(self):
         return array(self.decode(self.z[None], self.label))
@@ -219,14 +233,16 @@ class Explorer:
             slider.eventson = False
             slider.set_val(float(self.z[dimension]))
             slider.eventson = True
+        if self.chooser:
+            self.class_axis.set_title(f"class {short(self.classes[self.label])}", fontsize=9)
         self.figure.canvas.draw_idle()
 
     def slide(self, dimension, value):
         self.z[dimension] = value
         self.show()
 
-    def choose(self, name):
-        self.label = self.classes.index(name)
+    def choose(self, label):
+        self.label = int(label)
         self.show()
 
     def random(self, event=None):
@@ -235,23 +251,35 @@ class Explorer:
 
     def reset(self, event=None):
         self.z = self.start[0].clone()
-        if self.radio:
-            self.radio.set_active(self.start[1])
+        if self.chooser:
+            (self.chooser.set_active if len(self.classes) <= 12 else self.chooser.set_val)(self.start[1])
         self.show()
 
     def click(self, event):
-        if event.inaxes is self.map:
+        busy = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
+        if event.inaxes is self.map and not busy:
             self.z = self.origin + self.z.new_tensor([event.xdata, event.ydata]) @ self.directions
             self.show()
 
 
-WAYS_TO_SHOW = ("on a desktop a toolkit such as tkinter (python3-tk) opens a window; in a browser on this "
-                "machine, pip install tornado, then MPLBACKEND=WebAgg python infer.py --explore")
-
-
-def open_window():
-    """Show what pyplot has, until the user closes it. Raises UserError where no window can be opened."""
+def want_window():
+    """Raises UserError where no window can be opened."""
     from matplotlib import pyplot
-    if pyplot.get_backend().lower() == "agg":
-        raise UserError(f"--explore: no window can be opened here; {WAYS_TO_SHOW}")
+    from matplotlib.backends import BackendFilter, backend_registry
+    rcParams["webagg.address"] = "127.0.0.1"  # no other machine sees the page
+    try:
+        if BACKEND:
+            pyplot.switch_backend(BACKEND)
+        name = pyplot.get_backend().lower()
+        if name not in backend_registry.list_builtin(BackendFilter.INTERACTIVE):
+            raise ImportError(f"no window can be opened here by {name}")
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"--explore: {' '.join(str(error).split())}; on a desktop a toolkit such as tkinter "
+                        "(python3-tk) opens a window; for a browser on this machine, pip install tornado, "
+                        "then MPLBACKEND=WebAgg python infer.py --explore")
+
+
+def show():
+    """Until the user closes the window."""
+    from matplotlib import pyplot
     pyplot.show()

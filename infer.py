@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import figures
-from data import Data, load
+from data import DATASETS, Data, load
 from model import AE, VAE, build
 from utils import (KLD, ArgumentParser, UserError, active_units, call, checkpoint_file, default_device,
                    device_type, elbo_to_bpd, image_grid, interleave, load_checkpoint, moments,
@@ -63,6 +63,9 @@ def parse_args(argv=None):
     for name in args.only:
         if name not in PICTURES:
             parser.error(f"argument --only: {name!r} is none of {', '.join(PICTURES)}")
+    if args.dataset and args.dataset not in DATASETS and not Path(args.dataset).is_dir():
+        parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} "
+                     "nor a folder")
     args.ckpt = [checkpoint_file(parser, path) for path in args.ckpt or [None]]
     if args.compare != (len(args.ckpt) > 1):
         parser.error("argument --compare: goes with two or more checkpoints after --ckpt" if args.compare else
@@ -87,6 +90,9 @@ def restore(path, device):
 # ------------------------------------------------------------------------------------------------------------
 # One function a picture: subject → nothing, or why there is none.
 
+DECODED = 2**20  # numbers that a decoder gives at a time, which bounds the memory
+
+
 @dataclass
 class Subject:
     """What is drawn: a checkpoint's model, and what goes with it.
@@ -101,7 +107,11 @@ class Subject:
 
     def __post_init__(self):
         self.trained, self.about = self.state["args"], self.state["data"]
-        self.conditional = self.trained["conditional"]
+        self.conditional, self.scale = self.trained["conditional"], self.about["levels"] - 1
+        self.rows = max(1, DECODED // (self.model.channels * math.prod(self.model.shape[1:])))  # at a time
+        self.prior_name = self.model.prior_name
+        if self.args.temperature != 1:
+            self.prior_name += f", temperature {self.args.temperature:g}"
 
     def save(self, name, draw, caption, *content):
         """Write a picture: draw(path, caption, *content)."""
@@ -131,39 +141,45 @@ class Subject:
     def images(self, index):
         """Test images at `index` → in [0, 1], their latents, their labels."""
         images, labels = self.data.test.batch(index)
-        return images / (self.about["levels"] - 1), self.model.embed(images, labels), labels
+        return images / self.scale, self.model.embed(images, labels), labels
 
     def decoded(self, z, labels=None):
-        return self.model.mean_image(self.model.decode(z.to(self.args.device), labels))
+        """Mean images of latents, in bounded memory."""
+        parts = z.to(self.args.device).split(self.rows)
+        labels = [None] * len(parts) if labels is None else labels.split(self.rows)
+        return torch.cat([self.model.mean_image(self.model.decode(*part)) for part in zip(parts, labels)])
+
+    def spread_labels(self, n):
+        """n labels, all classes alike; None where the model has no use for them."""
+        if self.conditional:
+            return self.classes[torch.arange(n, device=self.args.device) * len(self.classes) // n]
+
+    def drawn(self, n):
+        """Images that the model draws, in batches → images as levels, labels."""
+        labels, generator = self.spread_labels(n), stream(self.args.seed, "latents")
+        for index in torch.arange(n, device=self.args.device).split(self.rows):
+            part = None if labels is None else labels[index]
+            images, _ = self.model.sample(len(index), part, 1.0, generator)
+            yield images, torch.zeros_like(index) if part is None else part
 
     @cached_property
     def codes(self):
-        """Latents of up to 10,000 test images, or, where these are not here, of images that the model draws.
+        """Latents of up to 10,000 test images, or, where there are none here, of images that the model draws.
 
-        → z (means) and std, [N, D] each, labels [N], all on the CPU; order: dimensions, most active first;
-        kl, active: [D], None for an AE, whose dimensions are in the order of their variance
+        → z, [N, D], and labels, [N], on the CPU; order: dimensions, most active first; of a VAE std, [N, D],
+        kl and active, [D] (None for an AE, whose dimensions are in the order of their variance)
         """
-        if self.data:
-            order = self.shuffled("latents")[:10_000]
-            batches = (self.data.test.batch(index) for index in order.split(500))
-        else:
-            labels = None
-            if self.conditional:
-                labels = self.classes[torch.arange(2000, device=self.args.device) % len(self.classes)]
-            drawn, _ = self.model.sample(2000, labels, 1.0, stream(self.args.seed, "latents"))
-            labels = drawn.new_zeros(2000, dtype=torch.long) if labels is None else labels
-            batches = zip(drawn.split(500), labels.split(500))
-        codes, labels = [], []
-        for images, label in batches:
-            code = self.model.encode(images, label)
-            codes.append(torch.stack(code if isinstance(self.model, VAE) else (code, code)).cpu())
-            labels.append(label.cpu())
-        z, log_std = torch.cat(codes, 1)
-        found = Namespace(z=z, std=log_std.exp(), labels=torch.cat(labels), kl=None, active=None)
-        weight = z.var(0)
+        order = self.shuffled("latents")[:10_000] if self.data else ()
+        batches = map(self.data.test.batch, order.split(self.rows)) if len(order) else self.drawn(1000)
+        codes = [(self.model.encode(*batch), batch[1].cpu()) for batch in batches]
+        found = Namespace(labels=torch.cat([labels for _, labels in codes]), std=None, kl=None, active=None)
         if isinstance(self.model, VAE):
-            found.kl = weight = KLD(z.T[..., None], log_std.T[..., None]).mean(1)
-            found.active = z.var(0, correction=0) > 0.01
+            found.z, log_std = (torch.cat(parts).cpu() for parts in zip(*[code for code, _ in codes]))
+            found.std, found.active = log_std.exp(), found.z.var(0, correction=0) > 0.01
+            found.kl = weight = KLD(found.z.T[..., None], log_std.T[..., None]).mean(1)
+        else:
+            found.z = torch.cat([z for z, _ in codes]).cpu()
+            weight = found.z.var(0, correction=0)
         found.order = weight.argsort(descending=True)
         return found
 
@@ -194,23 +210,18 @@ def samples(it):
     """Mean images of samples from the prior and, where the likelihood is one of discrete pixels, draws from
     it.
     """
-    n, labels = it.args.num_samples, None
-    if it.conditional:
-        labels = it.classes[torch.arange(n, device=it.args.device) * len(it.classes) // n]
+    n, labels = it.args.num_samples, it.spread_labels(it.args.num_samples)
     drawn, mean = it.model.sample(n, labels, it.args.temperature, stream(it.args.seed, "samples"))
     columns = math.ceil(math.sqrt(n))
-    it.save("samples.png", save_grid, f"samples from {it.model.prior_name}: mean images", mean, columns)
+    it.save("samples.png", save_grid, f"samples from {it.prior_name}: mean images", mean, columns)
     if it.model.is_likelihood:
-        it.save("samples_drawn.png", save_grid, f"the same samples from {it.model.prior_name}: pixels drawn "
-                "from the likelihood", drawn / (it.about["levels"] - 1), columns)
+        it.save("samples_drawn.png", save_grid, f"the same samples from {it.prior_name}: pixels drawn from "
+                "the likelihood", drawn / it.scale, columns)
 
 
 def reconstructions(it):
     """Random test images, and below each the decoder's mean image of its latent."""
-    order = it.shuffled("reconstructions")
-    if not len(order):
-        return "no test image is of these classes"
-    images, z, labels = it.images(order[:64])
+    images, z, labels = it.images(it.shuffled("reconstructions")[:64])
     it.save("reconstructions.png", save_grid, "test images, the reconstruction below each",
             interleave(images, it.decoded(z, labels), 16), 16)
 
@@ -219,15 +230,19 @@ def interpolations(it, pairs=5, steps=9):
     """Lines in the latent space between test images of different classes, straight and on the sphere; for a
     conditional model between two images of one class.
     """
-    order = it.shuffled("interpolations")
-    if not len(order):
-        return "no test image is of these classes"
-    labels, first, last = it.data.test.labels, order[:pairs], []
-    for i in first:
-        others = order[~torch.isin(order, torch.stack([i, *last]))]
-        fitting = others[(labels[others] == labels[i]) == it.conditional]
-        last.append(next(found[-1] for found in (fitting, others, order) if len(found)))
-    (a, starts, labels), (b, ends, _) = it.images(first), it.images(torch.stack(last))
+    order, first, last = it.shuffled("interpolations")[:500], [], []
+    of = it.data.test.labels
+    for i in order:
+        others = order[~torch.isin(order, torch.stack([i, *first, *last]))]
+        fitting = others[(of[others] == of[i]) == it.conditional]
+        if not (len(fitting) or it.conditional):  # all are of one class
+            fitting = others
+        if len(fitting) and len(first) < pairs:
+            first.append(i)
+            last.append(fitting[-1])
+    if not first:
+        return "it takes two test images" + " of one class" * it.conditional
+    (a, starts, labels), (b, ends, others) = it.images(torch.stack(first)), it.images(torch.stack(last))
     weights, centre = torch.linspace(0, 1, steps, device=a.device)[:, None], it.spread()[0].to(a.device)
     rows, names = [], []
     for i, (start, end) in enumerate(zip(starts, ends)):
@@ -235,8 +250,8 @@ def interpolations(it, pairs=5, steps=9):
             z = centre + line(start - centre, end - centre, weights)
             rows += [a[i:i + 1], it.decoded(z, labels[i].expand(steps)), b[i:i + 1]]
             names.append(name)
-    it.save("interpolations.png", figures.labelled_grid, "between the latents of two test images"
-            + (" of one class" if it.conditional else " of different classes" if it.about["classes"] else ""),
+    kind = " of one class" * it.conditional + " of different classes" * bool((labels != others).all())
+    it.save("interpolations.png", figures.labelled_grid, f"between the latents of two test images{kind}",
             torch.cat(rows), steps + 2, names,
             ["image", *(f"{t:.3g}" for t in weights[:, 0].tolist()), "image"])
 
@@ -252,7 +267,7 @@ def manifold(it):
             z = it.model.to_prior(it.args.temperature * z.to(it.args.device))
             return it.decoded(z, label if label is None else label.expand(len(z))).cpu()
         name = "" if label is None else it.about["classes"][label]
-        file, caption = "manifold", f"the 2-D latent space at the percentiles of {it.model.prior_name}"
+        file, caption = "manifold", f"the 2-D latent space at the percentiles of {it.prior_name}"
         if name:
             file, caption = re.sub(r"[^\w-]+", "_", f"{file}_{name}"), f"{caption}, class {name}"
         it.save(f"{file}.png", save_picture, caption, visualize_manifold(decoder))
@@ -273,8 +288,10 @@ def latents(it):
     origin, directions, axes = it.plane()
     points = (it.codes.z - origin) @ directions.T
     what = "latents" if it.codes.kl is None else "means of the posterior"
-    it.save("latents.png", figures.latents, f"{what} of {len(points):,} test images", points, it.codes.labels,
-            it.about["classes"], axes)
+    names = it.about["classes"]
+    many = f", coloured by their {len(names)} classes" if len(names) > 20 else ""
+    it.save("latents.png", figures.latents, f"{what} of {len(points):,} test images{many}", points,
+            it.codes.labels, names, axes)
 
 
 def units(it):
@@ -299,10 +316,7 @@ def units(it):
 
 def traversals(it, rows=10, steps=11):
     """A row a latent dimension, most active first, the others held at those of a test image."""
-    order = it.shuffled("traversals")
-    if not len(order):
-        return "no test image is of these classes"
-    _, z, label = it.images(order[:1])
+    _, z, label = it.images(it.shuffled("traversals")[:1])
     centre, spread = it.spread()
     offsets, chosen = torch.linspace(-3, 3, steps), it.codes.order[:rows].tolist()
     z = z.cpu().repeat(len(chosen) * steps, 1)
@@ -316,31 +330,36 @@ def traversals(it, rows=10, steps=11):
 
 
 def nearest(it, n=8, k=9):
-    """Samples beside the training images nearest to them in pixels: what was learned by heart shows."""
-    labels = it.classes[torch.arange(n, device=it.args.device) % len(it.classes)] if it.conditional else None
+    """Samples beside the training images nearest to them in pixels: what was learned by heart shows. Means
+    are blurred, and so nearer to any image, wherefore reconstructions of unseen images are the measure.
+    """
+    labels = it.spread_labels(n)
     _, mean = it.model.sample(n, labels, it.args.temperature, stream(it.args.seed, "nearest"))
-    unseen = it.shuffled("nearest")[:100]
-    if not len(unseen):
-        return "no test image is of these classes"
-    asked, train, scale = torch.cat([mean, it.images(unseen)[0]]), it.data.train, it.about["levels"] - 1
-    distances, rows = asked.new_zeros(len(asked), 0), torch.zeros(len(asked), 0, dtype=torch.long)
-    for which, index in enumerate(torch.arange(len(train)).split(2000)):
-        images = train.batch(index, "nearest", which)[0] / scale
-        distances = torch.cat([distances, torch.cdist(asked.flatten(1), images.flatten(1))], 1)
+    _, z, unseen = it.images(it.shuffled("nearest")[:100])
+    asked, train = torch.cat([mean, it.decoded(z, unseen)]).flatten(1), it.data.train
+    distances, found = asked.new_zeros(len(asked), 0), asked.new_zeros(n, 0, asked.shape[1])
+    for which, index in enumerate(torch.arange(len(train)).split(max(1, 16 * DECODED // asked.shape[1]))):
+        images = train.batch(index, "nearest", which)[0].flatten(1) / it.scale
+        best = torch.cdist(asked, images).topk(min(k, len(images)), largest=False)
+        distances, found = (torch.cat(part, 1) for part in ((distances, best.values),
+                                                            (found, images[best.indices[:n]])))
         distances, kept = distances.topk(min(k, distances.shape[1]), largest=False)
-        rows = torch.cat([rows, index.expand(len(asked), -1)], 1).gather(1, kept.cpu())
-    found = train.batch(rows[:n].flatten(), "nearest", "found")[0].view(n, -1, *it.model.shape) / scale
-    shown = torch.cat([mean[:, None], found], 1)
-    it.save("nearest.png", figures.labelled_grid, "samples (mean images) and the training images nearest to "
-            "each, with the distance of the nearest; of unseen test images that is "
-            f"{distances[n:, 0].median():.2f} (median)", shown.flatten(0, 1), shown.shape[1],
-            [f"{d:.2f}" for d in distances[:n, 0].tolist()],
+        found = found.gather(1, kept[:n, :, None].expand(-1, -1, asked.shape[1]))
+    away = (found[:, 0] - asked[:n]).norm(dim=1).tolist()  # cdist's is not exact near 0
+    names = [""] * n if labels is None else [f"{it.about['classes'][label]}: " for label in labels.tolist()]
+    shown = torch.cat([asked[:n, None], found], 1)
+    it.save("nearest.png", figures.labelled_grid, f"mean images of samples from {it.prior_name}, and the "
+            "training images nearest to each, with the distance of the nearest (median of reconstructions of "
+            f"unseen test images: {distances[n:, 0].median():.2f})", shown.view(-1, *it.model.shape),
+            shown.shape[1],
+            [f"{name}{distance:.2f}" for name, distance in zip(names, away)],
             ["sample", "nearest", *map(str, range(2, shown.shape[1]))])
 
 
 def progress(it):
     """The samples after each epoch of the training, as a film."""
-    frames = sorted(Path(it.trained["results_dir"], it.trained["log_dir"]).glob("samples_[0-9]*.png"))
+    folder = Path(it.trained["results_dir"], it.trained["log_dir"])
+    frames = sorted(folder.glob("samples_[0-9]*.png"), key=lambda path: int(path.stem.split("_")[1]))
     if len(frames) < 2:
         return "it is made of the training's samples_EEE.png, of two epochs or more"
     it.save("progress.gif", figures.progress, "", frames)
@@ -365,9 +384,6 @@ NEED_DATA = {"reconstructions", "interpolations", "latents", "units", "traversal
 
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
-
-DECODED = 2**20  # numbers that a decoder gives at a time, which bounds the memory
-
 
 def evaluate(model, data, args):
     """The figures of evaluation.json, means over test images. In nats an image: the negative ELBO, its two
@@ -451,7 +467,7 @@ def read_data(args, trained, about):
     if any(data.about()[name] != about[name] for name in ("shape", "levels", "classes")):
         raise UserError(f"{args.dataset or trained['dataset']} is not what the model was trained on: "
                         f"{about['shape']}, classes {about['classes']}")
-    if args.evaluate and any(data.about()[name] != about[name] for name in ("images", "crc32")):
+    if any(data.about()[name] != about[name] for name in ("images", "crc32")):
         raise UserError(f"{args.dataset or trained['dataset']} has changed since the model was trained: its "
                         "test images may be among those of the training now; bring it back as it was")
     return data
@@ -467,39 +483,39 @@ def compare(subjects, args):
     differ = [name for name in options if len({str(it.trained.get(name)) for it in subjects}) > 1]
     columns = []
     for it in subjects:
-        last, labels, pairs, error, active = (it.state["history"] or [{}])[-1], None, None, None, None
-        if it.conditional:
-            labels = it.classes[torch.arange(36, device=args.device) * len(it.classes) // 36]
-        _, mean = it.model.sample(36, labels, args.temperature, stream(args.seed, "samples"))
+        last, pairs, error, kl, active = (it.state["history"] or [{}])[-1], None, None, None, None
+        _, mean = it.model.sample(36, it.spread_labels(36), args.temperature, stream(args.seed, "samples"))
         if it.data and len(order := it.shuffled("reconstructions")):
-            parts = []
-            for index in order[:1000].split(500):
+            images, z, labels = it.images(order[:18])
+            pairs = image_grid(interleave(images, it.decoded(z, labels), 6), 6)
+            error = 0.0
+            for index in order.split(it.rows):
                 images, z, labels = it.images(index)
-                parts.append((images, it.decoded(z, labels)))
-            images, decoded = (torch.cat(part) for part in zip(*parts))
-            pairs = image_grid(interleave(images[:18], decoded[:18], 6), 6)
-            error = (images - decoded).square().flatten(1).sum(1).mean().item()
-            active = None if it.codes.active is None else int(it.codes.active.sum())
+                error += (images - it.decoded(z, labels)).square().sum().item() / len(order)
+            if it.codes.active is not None and len(it.codes.z) >= 20:
+                active = int(it.codes.active.sum())
+        if not it.trained.get("iw_train"):  # what such a run adds to the reconstruction is no KL
+            kl = last.get("val_kl")
         columns.append((
             [f"{it.trained['log_dir']}, epoch {it.state['epoch']}",
              *(f"{name} {it.trained.get(name)}" for name in differ)],
             image_grid(mean, 6), pairs,
             {"parameters": f"{sum(p.numel() for p in it.model.parameters()):,}",
-             "val reconstruction": two_places(last.get("val_rec")),
-             "val KL, nats": two_places(last.get("val_kl")),
-             "val bits/dim": "–" if last.get("val_bpd") is None else f"{last['val_bpd']:.4f}",
-             "test squared error": two_places(error),
-             "active units": "–" if active is None else str(active)}))
+             "val reconstruction": decimals(last.get("val_rec")), "val KL, nats": decimals(kl),
+             "val bits/dim": decimals(last.get("val_bpd"), 4), "test squared error": decimals(error),
+             "active units": decimals(active, 0)}))
     path = Path(args.results_dir or subjects[0].trained["results_dir"]) / "compare.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figures.compare(path, "samples, test images with the reconstruction below each, figures", columns)
+    names = sorted({it.prior_name for it in subjects}, key=len)
+    figures.compare(path, f"samples from {' or '.join(names)}; test images, the reconstruction below each",
+                    columns)
     for figure in columns[0][3]:
         print(f"{figure:20s}", *(f"{column[3][figure]:>12s}" for column in columns))
     print(path)
 
 
-def two_places(value):
-    return "–" if value is None else f"{value:.2f}"
+def decimals(value, places=2):
+    return "–" if value is None else f"{value:.{places}f}"
 
 
 def explore(it):
@@ -511,9 +527,10 @@ def explore(it):
     def decode(z, label):
         return it.decoded(z, torch.tensor([numbers[label]], device=it.args.device) if numbers else None)[0]
 
-    names = it.about["classes"] if it.data or numbers else []
+    seen = it.data and len(it.shuffled("latents"))
+    names = it.about["classes"] if seen or numbers else []
     return figures.Explorer(
-        f"{it.trained['log_dir']}: {'test images' if it.data else 'images that the model drew'} as points",
+        f"{it.trained['log_dir']}: {'test images' if seen else 'images that the model drew'} as points",
         decode, lambda: it.model.prior(1, it.args.temperature)[0].cpu(),
         (codes.z[0], numbers.index(codes.labels[0]) if numbers else None), codes.order[:10].tolist(), centre,
         spread, (codes.z - origin) @ directions.T, codes.labels, names, origin, directions,
@@ -544,14 +561,16 @@ def open_checkpoint(path, args):
 def main(argv=None):
     args = parse_args(argv)
     multiply_in_tf32(False)
+    if args.explore:
+        figures.want_window()
     subjects = [open_checkpoint(path, args) for path in args.ckpt]
     if args.compare:
         return compare(subjects, args)
     it = subjects[0]
     if args.explore:
-        window = explore(it)  # whose widgets live as long as they have a name
-        figures.open_window()
-        return window.figure
+        window = explore(it)  # its widgets live as long as it does
+        figures.show()
+        return window
     it.folder.mkdir(parents=True, exist_ok=True)
     if args.evaluate:
         measured = evaluate(it.model, it.data, args)
@@ -562,7 +581,12 @@ def main(argv=None):
         print(it.folder / "evaluation.json")
         return
     for name in args.only:
-        reason = "it needs the dataset" if name in NEED_DATA and not it.data else PICTURES[name](it)
+        if name in NEED_DATA and not it.data:
+            reason = "it needs the dataset"
+        elif name in NEED_DATA and not len(it.shuffled(name)):
+            reason = "no test image is of these classes"
+        else:
+            reason = PICTURES[name](it)
         if reason:
             print(f"left out {name}: {reason}", file=sys.stderr)
 

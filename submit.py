@@ -7,8 +7,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from utils import (ArgumentParser, UserError, atomic_write, call, checkpoint_bytes, checkpoint_file,
-                   load_checkpoint, one_line)
+from utils import (COLUMNS, ArgumentParser, UserError, atomic_write, call, checkpoint_bytes, checkpoint_file,
+                   csv_bytes, load_checkpoint, one_line)
 
 CODE = ("*.py", "README.md", "requirements.txt", "LICENSE")
 RESULTS = ("*.png", "*.gif", "*.csv", "*.json")
@@ -41,14 +41,19 @@ def contents(ckpt):
     """→ the name in the zip of the checkpoint, and of every file its bytes."""
     here, state = Path(__file__).parent, load_checkpoint(ckpt)
     run = state["args"]["log_dir"]
-    packed = f"checkpoints/{run}/{ckpt.name}"
-    files = {path.name: path.read_bytes() for pattern in CODE for path in sorted(here.glob(pattern))}
+    packed, results = f"checkpoints/{run}/best.pt", Path(state["args"]["results_dir"], run)
+    files = {path.name: path.read_bytes() for pattern in CODE for path in here.glob(pattern)
+             if path.is_file() and not path.is_symlink()}
     for name in re.findall(r"\]\((results/[^)]+)\)", files.get("README.md", b"").decode()):
         if (here / name).is_file():
             files[name] = (here / name).read_bytes()
-    for pattern in RESULTS:
-        for path in sorted(Path(state["args"]["results_dir"], run).glob(pattern)):
+    metrics = results / "metrics.csv"
+    if metrics.is_file() and metrics.read_bytes().startswith(csv_bytes(COLUMNS, state["history"])):
+        for path in [path for pattern in RESULTS for path in results.glob(pattern)]:
             files[f"results/{run}/{path.name}"] = path.read_bytes()
+    else:
+        print(f"{results} is not there, or of another run than {ckpt}: packed without pictures",
+              file=sys.stderr)
     return packed, {**files, packed: bytes(checkpoint_bytes(for_drawing(state)))}
 
 
@@ -69,9 +74,11 @@ def main(argv=None):
     ckpt, files = contents(args.ckpt)
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder, "submission.zip")
-        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        with zipfile.ZipFile(archive, "w") as packed:
             for name in sorted(files):
-                packed.writestr(name, files[name])
+                info = zipfile.ZipInfo(name)  # without the time: packed twice, it is the same to the byte
+                info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+                packed.writestr(info, files[name])
         prove(archive, ckpt)
         atomic_write(args.out, archive.read_bytes())
     for name in sorted(files):

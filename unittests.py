@@ -742,6 +742,21 @@ def test_a_run_leaves_its_files(folder, workplace):
         assert float(row["val_bpd"]) == pytest.approx(float(row["val_loss"]) / LN2 / 784)
 
 
+def test_curves_are_drawn_while_training_runs_at_most_every_ten_seconds(folder, workplace, monkeypatch):
+    now, drawn, draw = [0.0], [], utils.draw_curves
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(utils, "draw_curves", lambda history, path: drawn.append(len(history))
+                        or draw(history, path))
+    draw_epoch = train.draw_epoch
+
+    def four_seconds(*args):
+        now[0] += 4
+        draw_epoch(*args)
+    monkeypatch.setattr(train, "draw_epoch", four_seconds)
+    fit(folder, epochs=7)
+    assert drawn == [3, 6, 7]  # after 12 and 24 seconds, and at the end
+
+
 def test_test_figures_are_those_of_the_best_checkpoint(folder, workplace):
     _, test = fit(folder, "--levels=2")
     net, state = infer.restore(workplace / "checkpoints" / "run" / "best.pt", "cpu")
@@ -843,6 +858,8 @@ def test_evaluation_refuses_a_dataset_that_has_changed(folder, workplace, capsys
     shutil.copy("images/0/" + sorted(os.listdir("images/0"))[0], "images/0/zzz.png")
     status, error = outcome(infer.main, ["--evaluate"], capsys)
     assert status == 1 and "images has changed" in error
+    infer.main(["--only", "nearest"])
+    assert "images has changed" in capsys.readouterr().err and not Path("results/run/nearest.png").exists()
     assert not Path("results/run/evaluation.json").exists()
 
 
@@ -1107,8 +1124,11 @@ def test_traversals_change_one_dimension_at_a_time(folder, workplace, drawn, mon
     z = seen[-1].view(3, 11, 3)
     net, everything, code = encoded(folder)
     order = [int(name.split()[0][1:]) - 1 for name in names]
-    assert sorted(order) == [0, 1, 2] and columns == 11 and len(images) == 33 and offsets[0] == "-3.0"
+    assert columns == 11 and len(images) == 33 and offsets[0] == "-3.0" and offsets[5] == "0.0"
     centre, spread = torch.zeros(3), torch.ones(3)
+    activity = code.var(0) if mode == "ae" else D.kl_divergence(
+        D.Normal(code[0], code[1].exp()), D.Normal(0.0, 1.0)).mean(0)
+    assert order == activity.argsort(descending=True).tolist()
     if mode == "ae":
         latents = net.embed(everything.train.batch(torch.arange(320))[0]).detach()
         centre, spread = latents.mean(0), latents.std(0, correction=0)
@@ -1146,12 +1166,19 @@ def test_interpolations_go_between_classes_on_the_line_and_on_the_sphere(folder,
     fit(folder, "--conditional")
     infer.main(["--only", "interpolations"])
     assert torch.equal(taken[0][2], taken[1][2]) and not torch.equal(taken[0][1], taken[1][1])
+    taken.clear()
+    lines.clear()
+    fit(folder, "--loss_mode=ae")  # around the middle of its latents
+    infer.main(["--only", "interpolations"])
+    middle = encoded(folder)[0].prior_mean
+    assert middle.abs().max() > 0.01
+    torch.testing.assert_close(lines[0], (taken[0][1][0] - middle, taken[1][1][0] - middle))
 
 
 def test_nearest_are_the_nearest_training_images(folder, workplace, drawn):
     fit(folder)
     infer.main(["--only", "nearest"])
-    images, columns, distances, _ = drawn["labelled_grid"][2:]
+    title, images, columns, distances, _ = drawn["labelled_grid"][1:]
     images = images.view(-1, columns, 784).double()
     train_images = pixels(encoded(folder)[1].train).flatten(1).double() / 255
     for row, distance in zip(images, distances):
@@ -1159,6 +1186,16 @@ def test_nearest_are_the_nearest_training_images(folder, workplace, drawn):
         shown = (row[1:] - row[0]).square().sum(1).sqrt()
         torch.testing.assert_close(shown, away[:columns - 1], rtol=1e-3, atol=1e-3)
         assert float(distance) == pytest.approx(away[0].item(), abs=0.01)
+    net, everything, _ = encoded(folder)  # all 40 test images are asked for
+    unseen = net.reconstruct(pixels(everything.test)).detach().flatten(1).double()
+    away = torch.stack([(train_images - image).square().sum(1).sqrt().min() for image in unseen])
+    assert float(re.search(r"images: (.*)\)", title)[1]) == pytest.approx(away.median().item(), abs=0.01)
+    fit(folder, "--levels=2", "--binarize=stochastic")
+    infer.main(["--only", "nearest"])
+    images, columns, distances, _ = drawn["labelled_grid"][2:]
+    for row, distance in zip(images.view(-1, columns, 784), distances):  # what is shown is what was measured
+        shown = (row[1:] - row[0]).square().sum(1).sqrt().tolist()
+        assert shown == sorted(shown) and float(distance) == pytest.approx(shown[0], abs=0.006)
 
 
 def test_progress_is_a_film_of_the_samples(folder, workplace, capsys):
@@ -1170,7 +1207,10 @@ def test_progress_is_a_film_of_the_samples(folder, workplace, capsys):
             film.seek(epoch - 1)
             with Image.open(f"results/run/samples_{epoch:03d}.png") as still:
                 difference = np.asarray(film.convert("RGB"), float) - np.asarray(still.convert("RGB"), float)
-            assert np.abs(difference).mean() < 4
+            assert np.abs(difference).mean() < 4 and film.info["duration"] == (2000 if epoch == 3 else 300)
+    figures.progress("few.gif", "", sorted(Path("results/run").glob("samples_00*.png")), most=2)
+    with Image.open("few.gif") as film:
+        assert film.n_frames == 2
     for path in Path("results/run").glob("samples_00[23].png"):
         path.unlink()
     infer.main(["--only", "progress"])
@@ -1194,6 +1234,9 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
         images = data.load(str(folder), "data").test.batch(torch.arange(40))[0]
         error = (net.reconstruct(images) - images / 255).square().sum().item() / 40
         assert float(values["test squared error"]) == pytest.approx(error, abs=0.01)
+        if file == files[1]:
+            means = net.embed(images)
+            assert values["active units"] == str(int((means.var(0, correction=0) > 0.01).sum()))
     assert table[2]["val KL, nats"] == table[2]["active units"] == "–" != table[0]["active units"]
     # the same test images in all of them, above the reconstructions
     grids = [column[2] for column in drawn["compare"][2]]
@@ -1241,19 +1284,26 @@ def test_the_explorer_follows_its_widgets(folder, workplace, monkeypatch, flags)
                                                                             window.figure.canvas, x, y, 1))
     there = (window.z - window.origin) @ window.directions.T
     assert there.tolist() == pytest.approx(target, abs=1e-3) and matches()
-    if window.radio:
-        before = shown()
-        window.radio.set_active((window.label + 1) % 10)
-        assert matches() and not torch.equal(shown(), before)
+    if window.chooser:
+        before, label = shown(), (window.label + 1) % 10
+        window.chooser.set_active(label)
+        assert window.label == label and matches() and not torch.equal(shown(), before)
+        assert window.class_axis.get_title() == f"class {label}"
     window.buttons["reset"]._observers.process("clicked", None)
     assert torch.equal(window.z, start) and torch.equal(shown(), first) and matches()
+    subject.data = None  # where the dataset is not here, images that the model draws take its place
+    del subject.codes
+    with torch.no_grad():
+        window = infer.explore(subject)
+    assert matches() and len(subject.codes.z) == 1000
+    assert len(subject.codes.labels.unique()) == (10 if window.chooser else 1)
 
 
 def test_exploring_without_a_screen_says_what_to_do(folder, workplace, capsys, monkeypatch):
     fit(folder, epochs=1)
     script = [sys.executable, HERE / "infer.py", "--explore"]
     screenless = {key: value for key, value in os.environ.items() if "DISPLAY" not in key}
-    for backend in ("Agg", "TkAgg"):
+    for backend in ("svg", "TkAgg", "nonsense"):
         done = subprocess.run(script, capture_output=True, text=True,
                               env={**screenless, "MPLBACKEND": backend})
         assert done.returncode == 1 and done.stderr.count("\n") == 1 and "MPLBACKEND=WebAgg" in done.stderr
@@ -1272,6 +1322,7 @@ def test_submission_holds_the_work_and_no_data(folder, workplace, monkeypatch, c
     done = subprocess.run([sys.executable, "submit.py"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and "checkpoints/run/best.pt" in done.stdout
     with zipfile.ZipFile("submission.zip") as archive:
+        assert {info.date_time[0] for info in archive.infolist()} == {1980}  # repeated, the same to the byte
         names = archive.namelist()
         archive.extractall("unpacked")
     assert {"train.py", "infer.py", "README.md", "requirements.txt", "results/run/samples.png",
@@ -1299,6 +1350,12 @@ def test_submission_without_a_checkpoint_or_that_does_not_run(folder, workplace,
     fit(folder, epochs=1)
     status, error = outcome(submit.main, ["--out", "x.tar"], capsys)
     assert status == 2 and "--out" in error
+    checkpoint = Path("checkpoints/run/best.pt").read_bytes()
+    fit(folder, "--seed=2", epochs=1)
+    Path("old.pt").write_bytes(checkpoint)
+    names = submit.contents(Path("old.pt"))[1]  # whose pictures are no longer there
+    assert "checkpoints/run/best.pt" in names and not any("results/run" in name for name in names)
+    assert "packed without pictures" in capsys.readouterr().err
     monkeypatch.setattr(submit, "CODE", ("infer.py", "data.py"))
     status, error = outcome(submit.main, [], capsys)
     assert status == 1 and "No module named 'figures'" in error and not Path("submission.zip").exists()
@@ -1314,6 +1371,20 @@ def test_classes_with_names_that_are_no_file_names(workplace, monkeypatch):
                         or images(it, index))
     infer.main(["--classes", "1"])  # by number, since no class has a number for its name
     assert Path("results/run/manifold_t_1_.png").exists() and len(seen[0]) > 1 and seen[0].eq(1).all()
+
+
+def test_a_class_without_test_images_and_a_name_with_a_dollar(workplace, capsys):
+    for i in range(60):
+        picture(workplace / "images" / "$x_{$" / f"{i}.png", seed=i)
+    picture(workplace / "images" / "rare" / "a.png", seed=99)
+    fit("images", "--conditional", epochs=1)
+    infer.main(["--classes", "rare"])
+    said = capsys.readouterr().err
+    assert said.count("no test image is of these classes") == len(infer.NEED_DATA)
+    assert {path.name for path in Path("results/run").glob("[c-z]*.png")} - {"curves.png"} == {
+        "samples.png", "samples_001.png", "classes.png", "reconstructions_001.png"}
+    infer.main([])
+    assert Path("results/run/latents.png").exists()
 
 
 def test_scripts_start_as_commands_and_help_names_every_default(workplace, folder):
@@ -1935,7 +2006,8 @@ WRONG = [  # (script, its arguments, what the line says)
     *((infer, *row) for row in [
         ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"),
         ("--num_samples 0", "--num_samples"), ("--iw_samples 0", "--iw_samples"), ("--limit 5", "--evaluate"),
-        ("--iw_samples 50", "with --evaluate"), ("--evaluate --only samples", "without --evaluate"),
+        ("--iw_samples 50", "with --evaluate"), ("--evaluate --only samples", "not with --evaluate"),
+        ("--compare --num_samples 9", "not with --compare"), ("--dataset nosuch", "nor a folder"),
         ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"),
         ("--seed x", "--seed")])]
 
@@ -2007,9 +2079,9 @@ def damage(path, what):
         elif what == "no arguments":
             del state["args"]
         elif what == "a tensor that is missing":
-            del weights[name]
+            del weights[name], state["ema"][name]
         elif what == "a tensor of another shape":
-            weights[name] = weights[name][:, :-1]
+            weights[name] = state["ema"][name] = weights[name][:, :-1]
         elif what == "a nan":
             weights[name].view(-1)[0] = math.nan
         torch.save(state, path)

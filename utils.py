@@ -569,11 +569,15 @@ COLUMNS = ("epoch", "beta", "lr", "train_loss", "train_rec", "train_kl", "train_
            "val_loss", "val_rec", "val_kl", "val_bpd", "seconds")
 
 
-def write_csv(path, columns, rows):
+def csv_bytes(columns, rows):
     """Rows are dictionaries; what a row lacks is left empty."""
     lines = [columns, *(["" if row.get(name) is None else str(row[name]) for name in columns]
                         for row in rows)]
-    atomic_write(path, "".join(",".join(line) + "\n" for line in lines).encode())
+    return "".join(",".join(line) + "\n" for line in lines).encode()
+
+
+def write_csv(path, columns, rows):
+    atomic_write(path, csv_bytes(columns, rows))
 
 
 def write_json(path, values):
@@ -637,6 +641,7 @@ class RunLog:
 
 def draw_curves(history, path):
     """The metrics as a picture: a panel each for loss, reconstruction, KL and beta, train and validation."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be here, would fail the import
     from matplotlib.figure import Figure  # pyplot would take 0.3 s more, and look for a screen
     from matplotlib.ticker import MaxNLocator
     panels = [("loss", "loss at the target beta"), ("rec", "reconstruction"), ("kl", "KL"),
