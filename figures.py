@@ -210,6 +210,7 @@ class Explorer:
             self.sliders.append(widgets.Slider(axis, f"z{dimension + 1}", low, high, valfmt="%.1f",
                                                valinit=float(self.z[dimension])))
             self.sliders[-1].on_changed(lambda value, dimension=dimension: self.slide(dimension, value))
+            self.sliders[-1].drawon = False  # `show` draws, once for all
         self.chooser = None
         if classes:
             self.class_axis = self.figure.add_axes([0.85, 0.03, 0.13, 0.4 if len(classes) <= 12 else 0.03])

@@ -1299,6 +1299,21 @@ def test_the_explorer_follows_its_widgets(folder, workplace, monkeypatch, flags)
     assert len(subject.codes.labels.unique()) == (10 if window.chooser else 1)
 
 
+def test_the_explorer_has_a_slider_for_many_classes():
+    import matplotlib
+    matplotlib.use("Agg")
+    seen, names = [], [f"class number {i}" for i in range(30)]
+    window = figures.Explorer("title", lambda z, label: seen.append(label) or torch.zeros(1, 8, 8),
+                              lambda: torch.ones(2), (torch.zeros(2), 4), [1, 0], torch.zeros(2),
+                              torch.ones(2), torch.zeros(5, 2), torch.zeros(5, dtype=torch.long), names,
+                              torch.zeros(2), torch.eye(2), names)
+    assert seen[-1] == 4
+    window.chooser.set_val(17)
+    assert seen[-1] == window.label == 17 and "17" in window.class_axis.get_title()
+    window.buttons["reset"]._observers.process("clicked", None)
+    assert seen[-1] == window.chooser.val == 4
+
+
 def test_exploring_without_a_screen_says_what_to_do(folder, workplace, capsys, monkeypatch):
     fit(folder, epochs=1)
     script = [sys.executable, HERE / "infer.py", "--explore"]
