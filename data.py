@@ -178,9 +178,9 @@ def binarize(images, *key):
         part, ones = pixels[first:first + step], levels[first:first + step]
         drawn = generator.random_raw((len(part) + 1) * size // 8 + 1).view(np.uint8)
         high, low = drawn[:part.size].reshape(part.shape), drawn[part.size:part.size + size]
-        np.less(np.minimum(low, 254), part, out=ones)  # white is above any word
-        carry = ones.view(np.uint8)
-        high -= np.minimum(high, carry)  # where the low byte is below, high <= part is enough
+        # the word is below 257 part where high < part, or high == part and low < part, which is then high
+        np.less(np.minimum(low, 254), high, out=ones)  # white is above any word
+        high -= ones.view(np.uint8)
         np.less(high, part, out=ones)
     return torch.from_numpy(levels.view(np.uint8)).view(images.shape).to(images.device)
 
