@@ -233,11 +233,13 @@ def interpolations(it, pairs=5, steps=9):
     order, first, last = it.shuffled("interpolations")[:500], [], []
     of = it.data.test.labels
     for i in order:
+        if len(first) == pairs:
+            break
         others = order[~torch.isin(order, torch.stack([i, *first, *last]))]
         fitting = others[(of[others] == of[i]) == it.conditional]
         if not (len(fitting) or it.conditional):  # all are of one class
             fitting = others
-        if len(fitting) and len(first) < pairs:
+        if len(fitting):
             first.append(i)
             last.append(fitting[-1])
     if not first:

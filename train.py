@@ -222,7 +222,7 @@ def resume_args(parser, defaults, given):
 # ------------------------------------------------------------------------------------------------------------
 # The two loops
 
-FOLLOWED = 16  # steps after which the average of weights follows; after each, a small model would slow down
+FOLLOW_EVERY = 16  # steps: were the average of the weights to follow each, a small model would slow down
 
 
 def train_epoch(model, data, optimizer, args, state, beta, tick, ema=None):
@@ -259,9 +259,9 @@ def train_epoch(model, data, optimizer, args, state, beta, tick, ema=None):
         optimizer.param_groups[0]["lr"] = lr_of(state["step"])
         optimizer.step()
         done += 1
-        if ema and (done % FOLLOWED == 0 or done == steps):
+        if ema and (done % FOLLOW_EVERY == 0 or done == steps):
             decay = min(args.ema, (1 + state["step"]) / (10 + state["step"]))
-            follow(ema, model, decay ** ((done - 1) % FOLLOWED + 1))
+            follow(ema, model, decay ** ((done - 1) % FOLLOW_EVERY + 1))
         state["sums"] = add_up(state["sums"], terms, count)
         state["step"] += 1
         tick()

@@ -828,7 +828,7 @@ def test_the_moving_average_is_what_is_judged(folder, workplace, monkeypatch):
     monkeypatch.setattr(train, "follow", lambda ema, net, decay: seen.append(
         (decay, *[[p.detach().double().clone() for p in n.parameters()] for n in (ema, net)]))
         or follow(ema, net, decay))
-    monkeypatch.setattr(train, "FOLLOWED", 4)
+    monkeypatch.setattr(train, "FOLLOW_EVERY", 4)
     rows, test = fit(folder, "--ema=0.6", "--lr=0.01")
     # of ten steps an epoch it follows after the 4th, the 8th and the last
     assert [decay for decay, _, _ in seen] == pytest.approx(
@@ -1112,6 +1112,25 @@ def test_units_are_in_the_order_of_their_kl(folder, workplace, drawn):
         mixture = D.MixtureSameFamily(weights, D.Normal(mean[:, d], log_std[:, d].exp()))
         torch.testing.assert_close(density, mixture.log_prob(t).exp(), rtol=1e-4, atol=1e-6)
         assert torch.trapezoid(density, t).item() == pytest.approx(1, abs=0.02)
+
+
+def test_figures_show_the_numbers_that_they_are_given(monkeypatch):
+    kept = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    kl, t = torch.tensor([2.0, 1.0, 0.5]), torch.linspace(-4, 4, 9)
+    figures.units("", "", kl, torch.tensor([True, True, False]), t, {"z2": t ** 2, "z1": t + 4})
+    bars, *panels = kept[0].get_axes()
+    assert [bar.get_height() for bar in bars.containers[1]] == kl.tolist()
+    assert [bar.get_x() + bar.get_width() / 2 for bar in bars.containers[0]] == [3]  # inactive
+    assert [panel.collections[0].get_paths()[0].vertices[:, 1].max() for panel in panels] == [16, 8]
+    labels, names = torch.tensor([2, 0, 2, 1]), ["a", "b", "c"]
+    figures.latents("", "", torch.arange(8.0).view(4, 2), labels, names, ["x", "y"])
+    axis = kept[1].axes[0]
+    key = {text.get_text(): line.get_color()
+           for text, line in zip(axis.get_legend().get_texts(), axis.get_legend().get_lines())}
+    assert len(set(key.values())) == 3 and axis.collections[0].get_offsets().tolist()[1] == [2, 3]
+    for label, shown in zip(labels, axis.collections[0].get_facecolors()):
+        assert tuple(shown[:3]) == key[names[label]][:3]
 
 
 @pytest.mark.parametrize("mode", ["vae", "ae"])
