@@ -185,6 +185,23 @@ def binarize(images, *key):
     return torch.from_numpy(levels.view(np.uint8)).view(images.shape).to(images.device)
 
 
+def warp(images, generator, n, part=slice(None)):
+    """Slide the rows of images [N, C, H, W], then their columns, along a line and a parabola of their own: a
+    digit slants, turns and bends a little. They slide by whole pixels, so that nothing blurs; the border
+    repeats.
+
+    part: which of n images these are; random numbers are drawn for all
+    """
+    slopes, bends = torch.randn(2, n, 2, generator=generator)[:, part].to(images.device)
+    for axis, reach in enumerate((0.06, 0.04)):  # of a side, at the border
+        t = torch.linspace(-1, 1, images.shape[2], device=images.device)
+        side, slope, bend = images.shape[3], slopes[:, axis, None], bends[:, axis, None]
+        shifts = (reach * side * (slope * t + bend * (t ** 2 - 1 / 3))).round().long()
+        places = torch.arange(side, device=images.device) + shifts[:, None, :, None]
+        images = images.gather(3, places.clamp(0, side - 1).expand_as(images)).transpose(2, 3)
+    return images.contiguous()
+
+
 def grey(images, transform):
     """uint8 [N, C, H, W] in NumPy → its luminance (ITU-R BT.601) in one channel, or the same in three."""
     if images.shape[1] == 3:

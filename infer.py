@@ -166,14 +166,17 @@ class Subject:
     def codes(self):
         """Latents of up to 10,000 test images, or, where there are none here, of images that the model draws.
 
-        → z, [N, D], and labels, [N], on the CPU; order: dimensions, most active first; of a VAE std, [N, D],
-        kl and active, [D] (None for an AE, whose dimensions are in the order of their variance)
+        → z, [N, D], and labels, [N], on the CPU; order: dimensions, most active first; of a Gaussian
+        posterior std, [N, D], kl and active, [D] (None for an AE and with --flow, where the order is that of
+        the variance)
         """
         order = self.shuffled("latents")[:10_000] if self.data else ()
         batches = map(self.data.test.batch, order.split(self.rows)) if len(order) else self.drawn(1000)
-        codes = [(self.model.encode(*batch), batch[1].cpu()) for batch in batches]
+        gaussian = isinstance(self.model, VAE) and not self.model.flow
+        encode = self.model.encode if gaussian else self.model.embed
+        codes = [(encode(*batch), batch[1].cpu()) for batch in batches]
         found = Namespace(labels=torch.cat([labels for _, labels in codes]), std=None, kl=None, active=None)
-        if isinstance(self.model, VAE):
+        if gaussian:
             found.z, log_std = (torch.cat(parts).cpu() for parts in zip(*[code for code, _ in codes]))
             found.std, found.active = log_std.exp(), found.z.var(0, correction=0) > 0.01
             found.kl = weight = KLD(found.z.T[..., None], log_std.T[..., None]).mean(1)
@@ -300,7 +303,7 @@ def units(it):
     """KL by latent dimension, and the posterior averaged over images beside the prior."""
     codes = it.codes
     if codes.kl is None:
-        return "an AE has no KL"
+        return "the KL of an AE and with --flow has no parts by dimension"
     if len(codes.z) < 20:
         return "fewer than 20 test images cannot tell a variance"
     first = codes.order[:6]
@@ -414,7 +417,8 @@ def evaluate(model, data, args):
                     parts.append(model.weigh(images, labels, noise))
                 rec, ratio = (torch.cat(part, 1).cpu().double() for part in zip(*parts))
                 sums["rec"].append(rec.mean(1))
-                sums["kl"].append(KLD(*model.encode(images, labels)).cpu().double())
+                sums["kl"].append(ratio.mean(1) if model.flow else
+                                  KLD(*model.encode(images, labels)).cpu().double())
                 sums["iw_nll"].append(math.log(k) - torch.logsumexp(-rec - ratio, 1))
             else:
                 sums["rec"].append(model.reconstruction_loss(params, images).cpu().double())

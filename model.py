@@ -168,6 +168,29 @@ class ResNetDecoder(nn.Module):
         return F.pixel_shuffle(self.out(F.silu(x)), 2)[..., :height, :width]
 
 
+class Coupling(nn.Module):
+    """A layer of a normalizing flow (Dinh et al. 2017): one half of z is scaled and shifted by what a network
+    makes of the other half and of the context, and comes out in front, so that the next layer takes the
+    other. It begins as that exchange alone.
+    """
+
+    def __init__(self, latent_size, width=256):
+        super().__init__()
+        self.half = latent_size // 2
+        changed = latent_size - self.half
+        self.net = nn.Sequential(nn.Linear(self.half + latent_size, width), nn.SiLU(),
+                                 nn.Linear(width, 2 * changed))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, z, context):
+        """z, context [..., D] → z [..., D], the log determinant of the Jacobian [...]."""
+        kept, changed = z[..., :self.half], z[..., self.half:]
+        shift, log_scale = exact(self.net, torch.cat([kept, context], -1)).chunk(2, -1)
+        log_scale = log_scale.tanh()
+        return torch.cat([changed * log_scale.exp() + shift, kept], -1), log_scale.sum(-1)
+
+
 NETWORKS = {"mlp": (MLPEncoder, MLPDecoder, ["hidden_dims"]),
             "cnn": (CNNEncoder, CNNDecoder, ["num_filters"]),
             "resnet": (ResNetEncoder, ResNetDecoder, ["hidden_dims", "num_filters"])}
@@ -362,6 +385,8 @@ class AE(nn.Module):
 class VAE(AE):
     """A variational autoencoder with a Gaussian posterior and the prior N(0, I) (Kingma & Welling 2014).
 
+    flow: how many pairs of coupling layers take the Gaussian to the posterior (Rezende & Mohamed 2015); with
+        any, L_reg is the KL as z itself estimates it, unbiased, and may be negative
     free_bits: the nats below which an image's KL in a latent dimension is not pushed any further (Kingma et
         al. 2016, here for each image)
     iw_train: K of the importance-weighted bound of Burda et al. 2016, which `forward` then gives in place of
@@ -371,21 +396,39 @@ class VAE(AE):
     codes = 2  # mean and log_std
     prior_name = "the prior"
 
-    def __init__(self, *args, free_bits=0.0, iw_train=0, **kwargs):
+    def __init__(self, *args, flow=0, free_bits=0.0, iw_train=0, **kwargs):
+        self.codes = VAE.codes + bool(flow)
         super().__init__(*args, **kwargs)
         self.free_bits, self.iw_train = free_bits, iw_train
+        self.flow = nn.ModuleList(Coupling(self.latent_size) for _ in range(2 * flow))
 
     def encode(self, images, labels=None):
-        """Integer levels [B, C, H, W] → mean, log_std of q(z|x), each [B, D]."""
-        mean, log_std = exact(self.encoder, self.encoder_input(images, labels)).chunk(2, dim=1)
+        """Integer levels [B, C, H, W] → mean, log_std of q(z|x), each [B, D]; with a flow those of the
+        Gaussian that it begins from, and its context, [B, D].
+        """
+        codes = exact(self.encoder, self.encoder_input(images, labels))
+        mean, log_std, *context = codes.chunk(self.codes, dim=1)
         # exp(2 log_std) is infinite in float32 from 44.4 on; no posterior that is of use comes near ±20.
-        return mean, log_std.clamp(-20, 20)
+        return mean, log_std.clamp(-20, 20), *context
 
     def encoder_input(self, images, labels):
         return self.normalize(images)
 
     def embed(self, images, labels=None):
-        return self.encode(images, labels)[0]
+        mean, _, *context = self.encode(images, labels)
+        return self.transform(mean, *context)[0]
+
+    def transform(self, z, context=None):
+        """The flow: z of the Gaussian [..., D] → z of the posterior [..., D], the log determinant of the
+        Jacobian [...].
+        """
+        log_det = torch.zeros_like(z[..., 0])
+        for layer, coupling in enumerate(self.flow):
+            z, change = coupling(z, context.expand_as(z))
+            log_det = log_det + change
+            if layer % 2:  # each half has changed: the next pair has others, the even places and the odd
+                z = torch.cat([z[..., 1::2], z[..., ::2]], -1)
+        return z, log_det
 
     def to_prior(self, noise):
         return noise
@@ -394,20 +437,21 @@ class VAE(AE):
         """Of K latents of each image, noise ~ N(0, I) [B, K, D]: -log p(x|z) and log q(z|x) - log p(z), in
         nats, each [B, K]. Minus their sum is the log of an importance weight.
         """
-        mean, log_std = (code[:, None] for code in self.encode(images, labels))
+        mean, log_std, *context = (code[:, None] for code in self.encode(images, labels))
         z, k = sample_reparameterize(mean, log_std.exp(), noise), noise.shape[1]
+        z, log_det = self.transform(z, *context)
         params = self.decode(z.flatten(0, 1), None if labels is None else labels.repeat_interleave(k))
         rec = self.reconstruction_loss(params, images.repeat_interleave(k, 0)).view(-1, k)
-        return rec, ((z ** 2 - noise ** 2) / 2 - log_std).sum(-1)
+        return rec, ((z ** 2 - noise ** 2) / 2 - log_std).sum(-1) - log_det
 
     def forward(self, images, labels=None, noise=None):
         """As AE.forward. With iw_train the noise is [B, K, D], L_rec + L_reg the negative bound of K latents,
         and bpd of that; L_rec is the mean over them, and L_reg, which may be negative, is no KL but what the
         bound adds.
         """
-        if self.iw_train:
-            rec, ratio = self.weigh(images, labels, noise)
-            bound = math.log(self.iw_train) - torch.logsumexp(-rec - ratio, 1)
+        if self.iw_train or self.flow:
+            rec, ratio = self.weigh(images, labels, noise if self.iw_train else noise[:, None])
+            bound = math.log(rec.shape[1]) - torch.logsumexp(-rec - ratio, 1)  # of one latent: the ELBO
             rec, bound = rec.mean(), bound.mean()
             return rec, bound - rec, elbo_to_bpd(bound.detach(), images.shape) if self.is_likelihood else None
         mean, log_std = self.encode(images, labels)
@@ -453,7 +497,7 @@ def build(args, data):
     common |= {"shape": data["shape"], "levels": data["levels"]}
     if args["loss_mode"] == "ae":
         return AE(**common)
-    common |= {name: args[name] for name in ("free_bits", "iw_train")}
+    common |= {name: args[name] for name in ("flow", "free_bits", "iw_train")}
     if args["conditional"]:
         return ConditionalVAE(**common, num_classes=len(data["classes"]))
     return VAE(**common)

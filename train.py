@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DATASETS, load
+from data import DATASETS, load, warp
 from model import DEFAULT_LOSS, NETWORKS, build
 from utils import (LOCAL_RANK, RANK, WORLD, ArgumentParser, RunLog, Signals, UserError, active_units,
                    all_finite, beta_schedule, call, default_device, default_precision, device_type,
@@ -52,6 +52,9 @@ def parse_args(argv=None):
     data.add_argument("--flip", action="store_true",
                       help="mirror training images left to right, each time with probability 1/2 (default: "
                            "not)")
+    data.add_argument("--warp", type=number(float, 0), default=0.0, metavar="SHARE",
+                      help="bend training images a little, at random, in this share of the epochs, the first "
+                           "ones (default: 0, none)")
     data.add_argument("--limit", type=number(int, 1), metavar="N",
                       help="keep the first N training images (default: all)")
 
@@ -67,6 +70,9 @@ def parse_args(argv=None):
     model.add_argument("--num_filters", type=number(int, 1), default=8, metavar="N",
                        help="cnn, resnet: channels of the first level; of the others cnn: 4 N, 8 N, 8 N, …, "
                             f"resnet: 2 N, 4 N, 4 N, … {default}")
+    model.add_argument("--flow", type=number(int, 0), default=0, metavar="N",
+                       help="pairs of coupling layers that take a VAE's Gaussian posterior to a richer one "
+                            f"{default}")
 
     objective = parser.add_argument_group("objective")
     objective.add_argument("--recon_loss", choices=("mse", "bce", "categorical", "logistic"),
@@ -148,10 +154,14 @@ def parse_args(argv=None):
     if args.loss_mode == "ae":
         if args.conditional:
             parser.error("argument --conditional: goes with --loss_mode vae, not ae")
-        if args.free_bits:
-            parser.error("argument --free_bits: goes with --loss_mode vae, not ae, which has no KL")
-        if args.iw_train:
-            parser.error("argument --iw_train: goes with --loss_mode vae, not ae")
+        for name in ("flow", "free_bits", "iw_train"):
+            if vars(args)[name]:
+                parser.error(f"argument --{name}: goes with --loss_mode vae, not ae, which has no KL")
+    if args.flow and args.free_bits:
+        parser.error(f"argument --free_bits: {args.free_bits} does not go with --flow, whose KL has no parts "
+                     "by dimension")
+    if args.warp > 1:
+        parser.error(f"argument --warp: {args.warp:g} is not allowed, only a share of the epochs from 0 to 1")
     if args.ema >= 1:
         parser.error(f"argument --ema: {args.ema:g} is not allowed, only a number below 1, such as 0.999")
     if args.iw_train:
@@ -192,7 +202,8 @@ def resume_args(parser, defaults, given):
     began = {**defaults, **resumed["args"], "resume": None, "overwrite": False,
              "progress_bar": defaults["progress_bar"]}
     args, before = Namespace(**{**began, **given}), began["epochs"]
-    depends = [f"--{name}" for name in ("beta_mode", "lr_schedule") if began[name] != "constant"]
+    depends = [f"--{name}" for name in ("beta_mode", "lr_schedule", "warp")
+               if began[name] not in ("constant", 0)]
     if args.epochs < before or (args.epochs > before and depends):
         allowed = f"on which {depends[0]} depends" if depends else "or more"
         parser.error(f"argument --epochs: {args.epochs} is not allowed with --resume, only "
@@ -301,6 +312,8 @@ def batches(split, order, args, *key, first=0):
         if args.flip and key[0] == "train":
             mirrored = torch.rand(len(chunk), generator=stream(args.seed, "flip", *key, which)) < 0.5
             images = torch.where(mirrored[part].to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
+        if key[0] == "train" and key[1] < args.warp * args.epochs:
+            images = warp(images, stream(args.seed, "warp", *key, which), len(chunk), part)
         noise = [None] * len(left)
         if args.loss_mode == "vae":
             shape = noise_shape(len(chunk), args)

@@ -275,14 +275,16 @@ class LinearGaussian(model.VAE):
     """
     is_likelihood = True
 
-    def __init__(self):
-        super().__init__((1, 8, 8), 256, "mlp", 3, hidden_dims=[4])
+    def __init__(self, flow):
+        super().__init__((1, 8, 8), 256, "mlp", 3, hidden_dims=[4], flow=flow)
         self.double().w = 0.3 * double(64, 3)
+        stir(self, 0.05)
 
     def encode(self, images, labels=None):
         precision = self.w.T @ self.w / 0.25 + torch.eye(3)
         mean = self.normalize(images).flatten(1) @ self.w / 0.25 @ precision.inverse()
-        return mean + 0.1, (1.3 * precision.inverse().diagonal().sqrt()).log().expand_as(mean)
+        log_std = (1.3 * precision.inverse().diagonal().sqrt()).log().expand_as(mean)
+        return (mean + 0.1, log_std, *[mean] * bool(self.flow))  # a context, too
 
     def decode(self, z, labels=None):
         return (z @ self.w.T).view(-1, 1, 8, 8)
@@ -291,8 +293,16 @@ class LinearGaussian(model.VAE):
         return -D.Normal(params, 0.5).log_prob(self.normalize(images)).flatten(1).sum(1)
 
 
-def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(monkeypatch):
-    net, images = LinearGaussian(), levels_like((1, 8, 8), 256, 200)
+def stir(net, scale):
+    """Weights for the flow, which begins without any effect."""
+    for layer in net.flow:
+        for parameter in layer.net[-1].parameters():
+            torch.nn.init.normal_(parameter, std=scale)
+
+
+@pytest.mark.parametrize("flow", [0, 2])
+def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(monkeypatch, flow):
+    net, images = LinearGaussian(flow), levels_like((1, 8, 8), 256, 200)
     split = data.Split(images, torch.arange(200), torch.zeros(200, dtype=torch.long), 256)
     everything = data.Data(split, split, split, (1, 8, 8), 256, [], 0)
     marginal = D.MultivariateNormal(torch.zeros(64).double(), net.w @ net.w.T + 0.25 * torch.eye(64))
@@ -309,6 +319,31 @@ def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(mon
     chosen = torch.randperm(200, generator=utils.stream("evaluate"))[:50]
     exact = -marginal.log_prob(net.normalize(images[chosen]).flatten(1)).mean().item()
     assert part["images"] == 50 and part["iw_nll"] == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_a_flow_has_the_density_of_its_jacobian(size):
+    net = model.VAE((1, 8, 8), 2, "mlp", size, hidden_dims=[8], flow=2).double()
+    images, noise = levels_like((1, 8, 8), 2, 3), double(3, size)
+    # It begins as an exchange of places.
+    assert torch.equal(net.embed(images).sort()[0], net.encode(images)[0].sort()[0])
+    stir(net, 0.3)
+    mean, log_std, context = net.encode(images)
+    rec, reg, bpd = net(images, noise=noise)
+    log_q, found = D.Normal(0, 1).log_prob(noise).sum(1), []
+    for row in range(3):
+        def posterior(noise):
+            z = mean[row] + log_std[row].exp() * noise
+            return net.transform(z[None], context[row:row + 1])[0][0]
+        jacobian = torch.autograd.functional.jacobian(posterior, noise[row])
+        assert size < 5 or (jacobian != 0).sum() > 2 * size
+        z = posterior(noise[row])
+        log_p = D.Normal(0, 1).log_prob(z).sum()
+        found.append((log_q[row] - jacobian.slogdet()[1] - log_p,
+                      net.reconstruction_loss(net.decode(z[None]), images[row:row + 1])[0]))
+    kl, distortion = (torch.stack(parts).mean().item() for parts in zip(*found))
+    assert (reg.item(), rec.item()) == pytest.approx((kl, distortion))
+    assert bpd.item() == pytest.approx((kl + distortion) / 64 / LN2)
 
 
 def test_mse_is_the_summed_squared_error_on_minus_one_to_one():
@@ -413,7 +448,7 @@ def test_any_shape_trains_a_step_and_comes_back(mode, kind, shape):
     torch.manual_seed(0)
     net = model.build({"loss_mode": "ae" if mode == "ae" else "vae", "conditional": mode == "conditional",
                        "model": kind, "latent_size": 3, "hidden_dims": [20, 10], "num_filters": 4,
-                       "recon_loss": "categorical", "free_bits": 0.0, "iw_train": 0},
+                       "recon_loss": "categorical", "flow": 0, "free_bits": 0.0, "iw_train": 0},
                       {"shape": shape, "levels": 16, "classes": ["a", "b", "c"]}).double()
     images, labels = levels_like(shape, 16), torch.tensor([0, 1, 2, 1, 0])
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-6)
@@ -988,6 +1023,38 @@ def test_flip_mirrors_half_of_the_training_images_and_no_others(folder, tmp_path
     assert torch.equal(seen("val"), stored)
 
 
+def test_warp_slides_rows_and_columns_of_the_first_epochs_training_images(folder, tmp_path):
+    side, n = 41, 300
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack([y, x]).byte().expand(n, -1, -1, -1)  # where does a pixel come from?
+    warped = data.warp(places, torch.Generator().manual_seed(1), n).long()
+    from_y, from_x = warped[:, 0], warped[:, 1]
+    down, along = (from_y - y)[:, side // 2], from_x - x  # a column slides as one …
+    middle = slice(15, 26)                                # (where no border is met)
+    assert torch.equal((from_y - y)[:, middle], down[:, None].expand(n, 11, side))
+    rows = torch.full((n, side), 99).scatter(1, from_y[:, :, side // 2], along[:, :, side // 2])
+    own = rows.gather(1, from_y[:, middle, middle].flatten(1)).view(n, 11, 11)
+    assert torch.equal(along[:, middle, middle], own)     # … and so does a row
+    t = np.linspace(-1, 1, side)
+    parabola = np.polynomial.Polynomial.fit  # least squares, by whole pixels
+    assert all(abs(parabola(t, shifts, 2)(t) - shifts).max() < 1 for shifts in down.numpy())
+    for edge, reach in ((down[:, 0], 0.04), (along[:, 0, side // 2], 0.06)):
+        assert edge.float().std().item() == pytest.approx(reach * side * math.hypot(1, 2 / 3), rel=0.2)
+        assert abs(edge.float().mean()) < 0.5
+    half = slice(100, 200)
+    assert torch.equal(data.warp(places[half], torch.Generator().manual_seed(1), n, half).long(), warped[half])
+
+    args, _ = train.parse_args([f"--dataset={folder}", "--epochs=4", "--warp=0.5"])
+    split, order = data.load(str(folder), tmp_path).train, torch.randperm(320)
+
+    def seen(*key):
+        return torch.cat([batch[0] for batch in train.batches(split, order, args, *key)])
+    stored = split.batch(order)[0]
+    assert torch.equal(seen("train", 0), seen("train", 0)) and \
+        not torch.equal(seen("train", 0), seen("train", 1)) and not torch.equal(seen("train", 1), stored)
+    assert torch.equal(seen("train", 2), stored) and torch.equal(seen("val"), stored)
+
+
 def test_names_are_numbered_when_taken(folder, workplace):
     for _ in range(2):
         train.main([f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1"])
@@ -1484,6 +1551,7 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
     "--model=mlp --levels=2 --binarize=stochastic --precision=fp32",
     "--model=cnn --conditional --beta_mode=linear --precision=bf16 --lr_schedule=cosine --ema=0.9",
     "--model=resnet --loss_mode=ae --ema=0.99 --flip",
+    "--model=mlp --flow=1 --warp=0.4 --levels=2 --precision=bf16",
     "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01 --precision=bf16",
     "--model=cnn --levels=16 --precision=fp32 --iw_train=3",
     "--model=cnn --compile --precision=bf16"])
@@ -2031,6 +2099,8 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--iw_train 5 --beta_mode linear", "--beta_mode"), ("--iw_train 5 --free_bits 1", "--free_bits"),
         ("--iw_train 5 --target_beta_val 2", "--target_beta_val"), ("--iw_train -1", "--iw_train"),
         ("--loss_mode ae --iw_train 5", "--iw_train"), ("--ema 1", "--ema: 1"),
+        ("--loss_mode ae --flow 2", "--flow"), ("--flow 2 --free_bits 1", "--free_bits"),
+        ("--warp 1.5", "--warp: 1.5"), ("--warp -1", "--warp"),
         ("--lr_schedule step", "cosine"), ("--recon_loss l1", "mse"), ("--model vit", "mlp"),
         ("--transform sepia", "grayscale3"),
         ("surplus", "surplus"),
