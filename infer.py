@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -67,9 +68,11 @@ def parse_args(argv=None):
         parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} "
                      "nor a folder")
     args.ckpt = [checkpoint_file(parser, path) for path in args.ckpt or [None]]
-    if args.compare != (len(args.ckpt) > 1):
-        parser.error("argument --compare: goes with two or more checkpoints after --ckpt" if args.compare else
-                     f"argument --ckpt: {len(args.ckpt)} checkpoints, but only --compare takes more than one")
+    if args.compare and len(args.ckpt) < 2:
+        parser.error("argument --compare: goes with two or more checkpoints after --ckpt")
+    if len(args.ckpt) > 1 and chosen not in ("compare", "evaluate"):
+        parser.error(f"argument --ckpt: {len(args.ckpt)} checkpoints, but only --compare and --evaluate take "
+                     "more than one")
     return args
 
 
@@ -167,8 +170,8 @@ class Subject:
         """Latents of up to 10,000 test images, or, where there are none here, of images that the model draws.
 
         → z, [N, D], and labels, [N], on the CPU; order: dimensions, most active first; of a Gaussian
-        posterior std, [N, D], kl and active, [D] (None for an AE and with --flow, where the order is that of
-        the variance)
+        posterior std, [N, D], and kl, [D] (None for an AE and with --flow, where the order is that of the
+        variance); of a VAE active, [D]
         """
         order = self.shuffled("latents")[:10_000] if self.data else ()
         batches = map(self.data.test.batch, order.split(self.rows)) if len(order) else self.drawn(1000)
@@ -178,11 +181,13 @@ class Subject:
         found = Namespace(labels=torch.cat([labels for _, labels in codes]), std=None, kl=None, active=None)
         if gaussian:
             found.z, log_std = (torch.cat(parts).cpu() for parts in zip(*[code for code, _ in codes]))
-            found.std, found.active = log_std.exp(), found.z.var(0, correction=0) > 0.01
+            found.std = log_std.exp()
             found.kl = weight = KLD(found.z.T[..., None], log_std.T[..., None]).mean(1)
         else:
             found.z = torch.cat([z for z, _ in codes]).cpu()
             weight = found.z.var(0, correction=0)
+        if isinstance(self.model, VAE):
+            found.active = found.z.var(0, correction=0) > 0.01
         found.order = weight.argsort(descending=True)
         return found
 
@@ -479,6 +484,27 @@ def read_data(args, trained, about):
     return data
 
 
+def measure(it, path, args):
+    """evaluation.json of a checkpoint → its figures."""
+    measured = evaluate(it.model, it.data, args)
+    it.folder.mkdir(parents=True, exist_ok=True)
+    write_json(it.folder / "evaluation.json", {"ckpt": path.as_posix(), **measured})
+    print(it.folder / "evaluation.json")
+    return measured
+
+
+def report(measured):
+    """Print the figures of one checkpoint, or their mean ± standard deviation over several."""
+    for name in measured[0]:
+        values = [figures[name] for figures in measured if figures[name] is not None]
+        if not values:
+            continue
+        if len(values) > 1 and name not in ("iw_samples", "images"):
+            print(f"{name:18s} {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}")
+        else:
+            print(f"{name:18s}", f"{values[0]:,}" if isinstance(values[0], int) else f"{values[0]:.4f}")
+
+
 UNTOLD = {"log_dir", "results_dir", "checkpoint_dir", "data_dir", "overwrite", "resume", "progress_bar",
           "save_every", "seeds"}  # arguments that make no other model
 
@@ -572,20 +598,14 @@ def main(argv=None):
     subjects = [open_checkpoint(path, args) for path in args.ckpt]
     if args.compare:
         return compare(subjects, args)
+    if args.evaluate:
+        return report([measure(it, path, args) for it, path in zip(subjects, args.ckpt)])
     it = subjects[0]
     if args.explore:
         window = explore(it)  # its widgets live as long as it does
         figures.show()
         return window
     it.folder.mkdir(parents=True, exist_ok=True)
-    if args.evaluate:
-        measured = evaluate(it.model, it.data, args)
-        for name, value in measured.items():
-            if value is not None:
-                print(f"{name:18s} {value:,}" if isinstance(value, int) else f"{name:18s} {value:.4f}")
-        write_json(it.folder / "evaluation.json", {"ckpt": args.ckpt[0].as_posix(), **measured})
-        print(it.folder / "evaluation.json")
-        return
     for name in args.only:
         if name in NEED_DATA and not it.data:
             reason = "it needs the dataset"

@@ -21,6 +21,9 @@ def parse_args(argv=None):
                         help="(default: the newest checkpoints/**/best.pt)")
     parser.add_argument("--out", type=Path, default=Path("submission.zip"), metavar="FILE",
                         help="(default: %(default)s)")
+    parser.add_argument("--half", action="store_true",
+                        help="weights in 16 bits: half the size, and pictures that differ by less than shows "
+                             "(default: 32)")
     args = parser.parse_args(argv)
     args.ckpt = checkpoint_file(parser, args.ckpt)
     if args.out.suffix != ".zip" or args.out.is_dir():
@@ -30,14 +33,16 @@ def parse_args(argv=None):
     return args
 
 
-def for_drawing(state):
+def for_drawing(state, half):
     """A checkpoint without what only training needs, to lie beside the code."""
     args = {**state["args"], "results_dir": "results", "checkpoint_dir": "checkpoints"}
     model = state.get("ema") or state["model"]
+    if half:
+        model = {name: value.half() for name, value in model.items()}
     return {**state, "args": args, "model": model, "ema": None, "optimizer": None}
 
 
-def contents(ckpt):
+def contents(ckpt, half=False):
     """→ the name in the zip of the checkpoint, and of every file its bytes."""
     here, state = Path(__file__).parent, load_checkpoint(ckpt)
     run = state["args"]["log_dir"]
@@ -54,7 +59,7 @@ def contents(ckpt):
     else:
         print(f"{results} is not there, or of another run than {ckpt}: packed without pictures",
               file=sys.stderr)
-    return packed, {**files, packed: bytes(checkpoint_bytes(for_drawing(state)))}
+    return packed, {**files, packed: bytes(checkpoint_bytes(for_drawing(state, half)))}
 
 
 def prove(archive, ckpt):
@@ -71,7 +76,7 @@ def prove(archive, ckpt):
 
 def main(argv=None):
     args = parse_args(argv)
-    ckpt, files = contents(args.ckpt)
+    ckpt, files = contents(args.ckpt, args.half)
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder, "submission.zip")
         with zipfile.ZipFile(archive, "w") as packed:

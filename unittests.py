@@ -898,6 +898,28 @@ def test_evaluation_refuses_a_dataset_that_has_changed(folder, workplace, capsys
     assert not Path("results/run/evaluation.json").exists()
 
 
+def test_several_models_are_measured_at_once_and_one_with_a_flow_is_drawn(folder, workplace, capsys):
+    train.main([f"--dataset={folder}", "--model=mlp", "--latent_size=4", "--levels=2", "--epochs=2",
+                "--flow=1", "--seeds", "1", "2", "--log_dir=run"])
+    paths = [f"checkpoints/run/seed_{seed}/best.pt" for seed in (1, 2)]
+    capsys.readouterr()
+    infer.main(["--evaluate", "--iw_samples=20", "--ckpt", *paths])
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "json" not in line)
+    found = [json.loads(Path(f"results/run/seed_{seed}/evaluation.json").read_text()) for seed in (1, 2)]
+    for name in ("neg_elbo", "kl", "iw_nll", "active_units"):
+        values = [measured[name] for measured in found]
+        assert said[name] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+    assert found[0]["neg_elbo"] != found[1]["neg_elbo"] and said["iw_samples"] == "20"
+    for measured, seed in zip(found, (1, 2)):
+        test = json.loads(Path(f"results/run/seed_{seed}/test.json").read_text())
+        assert measured["neg_elbo"] == pytest.approx(test["test_loss"], rel=0.01)  # of 20 latents and of one
+        assert measured["iw_nll"] < measured["neg_elbo"]
+    infer.main(["--ckpt", paths[0], "--only", "reconstructions,latents,units,traversals"])
+    drawn = {path.name for path in Path("results/run/seed_1").glob("[a-z]*s.png")}
+    assert {"reconstructions.png", "latents.png", "traversals.png"} <= drawn and "units.png" not in drawn
+    assert "left out units: the KL of an AE and with --flow" in capsys.readouterr().err
+
+
 def test_an_ae_is_measured_against_pca(folder, workplace):
     fit(folder, "--loss_mode=ae", "--ema=0.9")
     infer.main(["--evaluate", "--limit", "30"])
@@ -1444,6 +1466,13 @@ def test_submission_holds_the_work_and_no_data(folder, workplace, monkeypatch, c
     assert drawn == again
     status, error = outcome(train.main, ["--resume", "unpacked/checkpoints/run/best.pt"], capsys)
     assert status == 1 and "packed for drawing" in error
+    Path("half.pt").write_bytes(submit.contents(Path("checkpoints/run/best.pt"), half=True)[1][
+        "checkpoints/run/best.pt"])
+    assert Path("half.pt").stat().st_size < 0.6 * Path("unpacked/checkpoints/run/best.pt").stat().st_size
+    images = levels_like(state["data"]["shape"], 256)
+    whole, half = (infer.restore(Path(path), "cpu")[0].reconstruct(images)
+                   for path in ("unpacked/checkpoints/run/best.pt", "half.pt"))
+    assert half.dtype == torch.float32 and 0 < (whole - half).abs().max() < 1 / 255
 
 
 def test_submission_without_a_checkpoint_or_that_does_not_run(folder, workplace, capsys, monkeypatch):
