@@ -496,7 +496,7 @@ def measure(it, path, args):
 def report(measured):
     """Print the figures of one checkpoint, or their mean ± standard deviation over several."""
     for name in measured[0]:
-        values = [figures[name] for figures in measured if figures[name] is not None]
+        values = [one[name] for one in measured if one[name] is not None]
         if not values:
             continue
         if len(values) > 1 and name not in ("iw_samples", "images"):

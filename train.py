@@ -646,7 +646,7 @@ def report(test, args):
     # with --iw_train what is called KL here is none, and nothing of the advice goes with it
     if not args.iw_train and (test["test_kl"] < 1 or few):
         say("the posterior collapsed: the decoder all but ignores z. What helps: --beta_mode linear, a "
-            "smaller --target_beta_val, or --free_bits 0.1")
+            "smaller --target_beta_val" + ("" if args.flow else ", or --free_bits 0.1"))
 
 
 def print_epoch(row, args, improved):

@@ -341,6 +341,7 @@ def test_a_flow_has_the_density_of_its_jacobian(size):
             return net.transform(z[None], context[row:row + 1])[0][0]
         jacobian = torch.autograd.functional.jacobian(posterior, noise[row])
         assert size < 5 or (jacobian != 0).sum() > 2 * size
+        torch.testing.assert_close(net.embed(images)[row], posterior(torch.zeros(size).double()))
         z = posterior(noise[row])
         log_p = D.Normal(0, 1).log_prob(z).sum()
         found.append((log_q[row] - jacobian.slogdet()[1] - log_p,
@@ -1013,6 +1014,9 @@ def test_collapse_is_reported(folder, workplace, capsys):
     said = capsys.readouterr().out
     assert "collapsed" in said and all(flag in said for flag in ("--beta_mode linear", "--target_beta_val",
                                                                  "--free_bits"))
+    fit(folder, "--target_beta_val=1000", "--flow=1")
+    said = capsys.readouterr().out
+    assert "collapsed" in said and "--free_bits" not in said  # which does not go with it
     fit(folder, "--target_beta_val=0.01", "--free_bits=1", epochs=5)
     assert "collapsed" not in capsys.readouterr().out
 
