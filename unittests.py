@@ -1781,10 +1781,10 @@ def start(*words, **options):
 
 
 def train_into(file, argv):
-    """train.py, what it says going into a file."""
-    with open(file, "w") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
+    """train.py, what it says going into a file, and its errors into one beside it."""
+    for number, name in ((1, file), (2, f"{file}.err")):
+        with open(name, "w") as out:
+            os.dup2(out.fileno(), number)
     train.main(argv)
 
 
@@ -1802,10 +1802,10 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(folder, t
         process.start()
         return process
 
-    def whole(name, *words):
+    def to_its_end(name, *words):
         process = begin(f"{name}.txt", *words)
         process.join()
-        assert process.exitcode == 0
+        assert process.exitcode == 0 and Path(f"{name}.txt.err").read_text() == ""
 
     def killed_ten_times(name):
         moments, within, words = random.Random(name), 0, [*argv, "--log_dir", name]
@@ -1824,10 +1824,10 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(folder, t
             assert all(map(train.is_whole, last.parent.glob("*.pt")))
             within += last.exists() and utils.load_checkpoint(last)["step"] % 320 > 0
         assert within > 0  # an epoch was cut in two
-        whole(name, "--resume", last)
+        to_its_end(name, "--resume", last)
         assert_same_runs(*((tmp_path / "results" / run, tmp_path / "checkpoints" / run)
                            for run in ("never", name)))
-    whole("never", *argv, "--log_dir", "never")
+    to_its_end("never", *argv, "--log_dir", "never")
     with ThreadPoolExecutor(2) as both:
         list(both.map(killed_ten_times, ("a", "b")))
 
