@@ -536,12 +536,14 @@ def compare(subjects, args):
              "val reconstruction": decimals(last.get("val_rec")), "val KL, nats": decimals(kl),
              "val bits/dim": decimals(last.get("val_bpd"), 4), "test squared error": decimals(error),
              "active units": decimals(active, 0)}))
+    told = [name for name in columns[0][3] if any(column[3][name] != "–" for column in columns)]
+    columns = [(*column[:3], {name: column[3][name] for name in told}) for column in columns]
     path = Path(args.results_dir or subjects[0].trained["results_dir"]) / "compare.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     names = sorted({it.prior_name for it in subjects}, key=len)
     figures.compare(path, f"samples from {' or '.join(names)}; test images, the reconstruction below each",
                     columns)
-    for figure in columns[0][3]:
+    for figure in told:
         print(f"{figure:20s}", *(f"{column[3][figure]:>12s}" for column in columns))
     print(path)
 
