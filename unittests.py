@@ -1356,6 +1356,7 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
             means = net.embed(images)
             assert values["active units"] == str(int((means.var(0, correction=0) > 0.01).sum()))
     assert table[2]["val KL, nats"] == table[2]["active units"] == "–" != table[0]["active units"]
+    assert "val bits/dim" not in table[0] and [*table[0]] == [*table[2]]  # squared errors: none has them
     # the same test images in all of them, above the reconstructions
     grids = [column[2] for column in drawn["compare"][2]]
     assert torch.equal(grids[0][:, :29], grids[1][:, :29]) and not torch.equal(grids[0], grids[1])
