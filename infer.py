@@ -494,7 +494,7 @@ def measure(it, path, args):
 
 
 def report(measured):
-    """Print the figures of one checkpoint, or their mean ± standard deviation over several."""
+    """Print the figures of one checkpoint, or their mean ± standard deviation over several seeds."""
     for name in measured[0]:
         values = [one[name] for one in measured if one[name] is not None]
         if not values:
@@ -509,11 +509,15 @@ UNTOLD = {"log_dir", "results_dir", "checkpoint_dir", "data_dir", "overwrite", "
           "save_every", "seeds"}  # arguments that make no other model
 
 
+def differing(subjects):
+    """The arguments in which their models differ."""
+    options = sorted({name for it in subjects for name in it.trained} - UNTOLD)
+    return [name for name in options if len({str(it.trained.get(name)) for it in subjects}) > 1]
+
+
 def compare(subjects, args):
     """compare.png: the same latents decoded, the same images reconstructed, and figures of several models."""
-    options = sorted({name for it in subjects for name in it.trained} - UNTOLD)
-    differ = [name for name in options if len({str(it.trained.get(name)) for it in subjects}) > 1]
-    columns = []
+    differ, columns = differing(subjects), []
     for it in subjects:
         last, pairs, error, kl, active = (it.state["history"] or [{}])[-1], None, None, None, None
         _, mean = it.model.sample(36, it.spread_labels(36), args.temperature, stream(args.seed, "samples"))
@@ -543,8 +547,9 @@ def compare(subjects, args):
     names = sorted({it.prior_name for it in subjects}, key=len)
     figures.compare(path, f"samples from {' or '.join(names)}; test images, the reconstruction below each",
                     columns)
-    for figure in told:
-        print(f"{figure:20s}", *(f"{column[3][figure]:>12s}" for column in columns))
+    runs = [it.trained["log_dir"] for it in subjects]
+    for figure, values in [("", runs), *((name, [column[3][name] for column in columns]) for name in told)]:
+        print(f"{figure:20s}", *(f"{value:>{max(12, len(run))}s}" for run, value in zip(runs, values)))
     print(path)
 
 
@@ -601,7 +606,14 @@ def main(argv=None):
     if args.compare:
         return compare(subjects, args)
     if args.evaluate:
-        return report([measure(it, path, args) for it, path in zip(subjects, args.ckpt)])
+        measured = []
+        for it, path in zip(subjects, args.ckpt):
+            measured.append(measure(it, path, args))
+            report(measured[-1:])
+        if len(subjects) > 1 and not set(differing(subjects)) - {"seed"}:
+            print("mean ± standard deviation of the seeds")
+            report(measured)
+        return
     it = subjects[0]
     if args.explore:
         window = explore(it)  # its widgets live as long as it does

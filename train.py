@@ -221,6 +221,8 @@ def resume_args(parser, defaults, given):
               "the same last bit as without the change", file=sys.stderr)
     # Moved, copied or renamed, the run is where its file is, under the name that its folder has there.
     folder, name = path.resolve().parent, Path(args.log_dir).parts
+    if args.seeds and folder.name != name[-1]:
+        args.seeds = None  # one of a group, by itself now
     if folder.parts[-len(name):] != name:
         name = folder.parts[-2:] if args.seeds else folder.parts[-1:]
         args.log_dir = "/".join(name)
@@ -430,7 +432,7 @@ def begin(args, data, resumed):
         # each process goes on with its own sums; where there are more or fewer of them, the first has all
         state["sums"] = state["sums"][RANK] if len(state["sums"]) == WORLD else \
             state["sums"].sum(0) * (RANK == 0)
-    state["sums"] = state["sums"].to(args.device)
+    state["sums"] = state["sums"].to(no_sums(args.device))  # their device and precision
     return model, ema, optimizer, state
 
 
@@ -438,7 +440,8 @@ def lost(args, state, checkpoints):
     """What to do without best.pt."""
     best = checkpoints / "best.pt"
     if state["epoch"] == args.epochs:
-        fixed = args.beta_mode != "constant" or args.lr_schedule != "constant"  # to that number of epochs
+        # to that number of epochs
+        fixed = args.beta_mode != "constant" or args.lr_schedule != "constant" or args.warp
         raise UserError(f"{best} is missing or damaged, and with it the best epoch of a run that is over; "
                         + (f"draw the last one: python infer.py --ckpt {checkpoints / 'last.pt'}" if fixed
                            else f"--epochs {args.epochs + 1} goes on from {checkpoints / 'last.pt'}"))
@@ -645,8 +648,8 @@ def report(test, args):
     few = active is not None and active < min(2, args.latent_size)
     # with --iw_train what is called KL here is none, and nothing of the advice goes with it
     if not args.iw_train and (test["test_kl"] < 1 or few):
-        say("the posterior collapsed: the decoder all but ignores z. What helps: --beta_mode linear, a "
-            "smaller --target_beta_val" + ("" if args.flow else ", or --free_bits 0.1"))
+        say("the posterior collapsed: the decoder all but ignores z. What helps: "
+            f"{'' if args.flow else '--free_bits 0.1, '}a smaller --target_beta_val, or --beta_mode linear")
 
 
 def print_epoch(row, args, improved):
@@ -667,8 +670,8 @@ def draw_epoch(model, data, args, epoch, folder):
     epoch.
     """
     n, labels = 64, None
-    if args.conditional:  # a row a class
-        n = 8 * len(data.classes)
+    if args.conditional:  # a row a class, of the first ones where there are very many
+        n = 8 * min(len(data.classes), 32)
         labels = torch.arange(n, device=args.device) // 8
     _, samples = model.sample(n, labels, generator=stream(args.seed, "samples"))
     save_grid(folder / f"samples_{epoch:03d}.png",
@@ -712,7 +715,7 @@ def claimed(args, resumed):
     if RANK:
         yield folders
         return
-    made = []
+    made, held = [], False
     try:
         try:
             for folder in folders:
@@ -724,7 +727,9 @@ def claimed(args, resumed):
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}); --results_dir and "
                             "--checkpoint_dir move it")
-        with locked(folders[0]), locked(folders[1]):
+        with contextlib.ExitStack() as locks:
+            lock(locks, folders)
+            held = True
             # also one that another process has made just now
             if not resumed and any(map(holds_run, folders)):
                 if not args.overwrite:
@@ -735,18 +740,24 @@ def claimed(args, resumed):
         if not any(folders[1].glob("*.pt")):  # it ended before there was anything to keep
             with contextlib.suppress(OSError):
                 for path in reversed(made):
-                    shutil.rmtree(path) if path in folders else path.rmdir()
+                    shutil.rmtree(path) if held and path in folders else path.rmdir()
+
+
+def lock(locks, folders):
+    """Lock folders until the stack `locks` ends; one that is named twice once, for it would lock itself out.
+    """
+    for folder in {folder.resolve(): folder for folder in folders}.values():
+        locks.enter_context(locked(folder))
 
 
 def wipe_group(args, group):
     """Delete the files of a group of seeds, of which some may not be trained again; none where one is in use.
     """
+    folders = [folder for root in (args.results_dir, args.checkpoint_dir)
+               for folder in (Path(root, group), *Path(root, group).glob("seed_*")) if folder.is_dir()]
     with contextlib.ExitStack() as locks:
-        for root in (args.results_dir, args.checkpoint_dir):
-            for folder in Path(root, group).glob("seed_*"):
-                locks.enter_context(locked(folder))
-        for root in (args.results_dir, args.checkpoint_dir):
-            wipe([Path(root, group), *Path(root, group).glob("seed_*")])
+        lock(locks, folders)
+        wipe(folders)
 
 
 def free_name(args):
@@ -764,6 +775,7 @@ def run_seeds(args, data, resumed, signals):
     """A run for each seed in a folder of its own, then mean ± standard deviation of every test figure."""
     group = Path(args.log_dir).parent.as_posix() if resumed else \
         args.log_dir or shared(lambda: free_name(args))
+    check(args, data, resumed)  # before anything is deleted
     if args.overwrite and RANK == 0:
         wipe_group(args, group)
     tests = []

@@ -187,6 +187,18 @@ def test_manifold_is_decoded_at_the_percentiles():
     utils.visualize_manifold(lambda z: torch.zeros(len(z), 3, 4, 4))
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 6])
+def test_each_reconstruction_is_below_its_image(n, nrow=3):
+    above = (torch.arange(n) + 1) / 100
+    image = utils.image_grid(utils.interleave(*((values[:, None, None, None].expand(n, 1, 2, 2))
+                                                for values in (above, above + 0.5)), nrow), nrow)
+    cells = image[0, 1::3, 1::3]  # a pixel of each
+    for i in range(n):
+        row, column = divmod(i, nrow)
+        assert (cells[2 * row, column], cells[2 * row + 1, column]) == (above[i], above[i] + 0.5)
+    assert (cells == utils.LINES).sum() == cells.numel() - 2 * n
+
+
 def test_streams_depend_on_every_part_of_their_key_and_on_nothing_else():
     keys = [(seed, purpose, step) for seed in range(5) for purpose in ("noise", "order")
             for step in range(50)]
@@ -956,7 +968,7 @@ def test_tensorboard_has_the_curves_and_the_pictures(folder, workplace):
     assert {"samples", "reconstructions"} <= set(events.Tags()["images"])
 
 
-def test_overwrite_replaces_a_run_and_touches_nothing_else(folder, workplace):
+def test_overwrite_replaces_a_run_and_touches_nothing_else(folder, workplace, capsys):
     fit(folder, epochs=3)
     for name in ("results/run/holiday.png", "results/run/notes.txt", "results/photos/samples_001.png"):
         Path(name).parent.mkdir(exist_ok=True)
@@ -971,7 +983,22 @@ def test_overwrite_replaces_a_run_and_touches_nothing_else(folder, workplace):
             "many"]
     train.main([*many, "--seeds", "1", "2"])
     train.main([*many, "--seeds", "2", "3", "--overwrite"])
-    assert {path.parent.name for path in Path("checkpoints/many").glob("*/best.pt")} == {"seed_2", "seed_3"}
+    kept = {path.parent.name for path in Path("checkpoints/many").glob("*/best.pt")}
+    assert kept == {"seed_2", "seed_3"}
+    Path("flat").mkdir()
+    for path in Path(folder, "0").iterdir():
+        shutil.copy(path, "flat")
+    again = [*many, "--seeds", "2", "--overwrite"]
+    status, error = outcome(train.main, [*again, "--dataset", "flat", "--conditional"], capsys)
+    assert status == 1 and "no classes" in error
+    assert {path.parent.name for path in Path("checkpoints/many").glob("*/best.pt")} == kept
+    with utils.locked(Path("checkpoints/many")):  # as if a run of that name trained
+        status, error = outcome(train.main, again, capsys)
+    assert status == 1 and "is being trained" in error and Path("checkpoints/many/seed_2/best.pt").exists()
+    # one folder for everything
+    for _ in range(2):
+        train.main([*again, "--results_dir", "all", "--checkpoint_dir", "all"])
+    assert {"test.json", "best.pt"} <= set(os.listdir("all/many/seed_2"))
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(folder, workplace):
@@ -1362,7 +1389,11 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
     assert torch.equal(grids[0][:, :29], grids[1][:, :29]) and not torch.equal(grids[0], grids[1])
     with Image.open("results/compare.png") as image:
         assert image.width > 900
-    assert "parameters" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert ["run", "run", "run"] in map(str.split, said) and any("parameters" in line for line in said)
+    infer.main(["--evaluate", "--ckpt", *files])
+    said = capsys.readouterr().out
+    assert said.count("squared_error") == 2 * 3 and "±" not in said  # no mean of different models
     assert outcome(infer.main, ["--ckpt", *files], capsys)[0] == 2
     assert outcome(infer.main, ["--compare", "--ckpt", files[0]], capsys)[0] == 2
 
@@ -1639,6 +1670,12 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
     # What was trained was not trained again.
     assert Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns == before
     assert Path("results/cut/seeds.csv").read_text() == Path("results/whole/seeds.csv").read_text()
+    # One of them, copied to where it is alone, goes on alone.
+    shutil.copytree("checkpoints/cut/seed_5", "checkpoints/solo")
+    train.main(["--resume", "checkpoints/solo/last.pt", "--epochs", "2"])
+    assert utils.load_checkpoint(Path("checkpoints/solo/last.pt"))["epoch"] == 2
+    assert {path.name for path in Path("checkpoints").iterdir()} == {"cut", "whole", "solo"}
+    assert Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns == before
 
 
 def test_a_moved_run_goes_on_where_it_is(folder, workplace):
@@ -1666,7 +1703,7 @@ def test_a_lost_best_checkpoint_is_said_and_never_made_up(folder, workplace, cap
     run_epoch, ranks = train.run_epoch, iter([1.0, 3.0, 1.0, 3.0, 2.0])
     monkeypatch.setattr(train, "run_epoch", lambda *args: {**run_epoch(*args), "val_loss": next(ranks)})
     fit(folder, epochs=2)  # the first epoch is the best
-    fit(folder, "--lr_schedule=cosine", "--log_dir=annealed", epochs=2)
+    fit(folder, "--warp=0.5", "--log_dir=annealed", epochs=2)
     damage(workplace / "checkpoints/run/best.pt", "a flipped bit")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt"], capsys)
     assert status == 1 and "best.pt is missing or damaged" in error and "--epochs 3" in error

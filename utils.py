@@ -449,17 +449,21 @@ def save_picture(path, caption, image):
     canvas.save(path)
 
 
+LINES = 0.4  # grey between the images of a grid
+
+
 def interleave(above, below, nrow):
     """Two batches of images as one for a grid of nrow images a row: a row of the first, the same of the
-    second, …
+    second, …; a last row that is short is filled up in the grey of the lines.
     """
-    rows = zip(above.float().cpu().split(nrow), below.float().cpu().split(nrow))
+    rest = torch.full((-len(above) % nrow, *above.shape[1:]), LINES)
+    rows = zip(*(torch.cat([images.float().cpu(), rest]).split(nrow) for images in (above, below)))
     return torch.cat([part for pair in rows for part in pair])
 
 
 def image_grid(images, nrow):
     """Images [N, C, H, W] in [0, 1] → one image of them [3, H', W'], nrow images a row, a line between."""
-    return _torchvision().utils.make_grid(images.float().cpu(), nrow=nrow, padding=1, pad_value=0.4)
+    return _torchvision().utils.make_grid(images.float().cpu(), nrow=nrow, padding=1, pad_value=LINES)
 
 
 def save_grid(path, caption, images, nrow):
