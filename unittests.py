@@ -317,10 +317,10 @@ def stir(net, scale):
             torch.nn.init.normal_(parameter, std=scale)
 
 
-@pytest.mark.parametrize("flow,most", [(0, 5000), (1, 4000)])
-def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(monkeypatch, flow, most):
-    net, images = LinearGaussian(flow), levels_like((1, 8, 8), 256, 200)
-    split = data.Split(images, torch.arange(200), torch.zeros(200, dtype=torch.long), 256)
+@pytest.mark.parametrize("flow,most,n", [(0, 5000, 200), (1, 4000, 100)])
+def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(monkeypatch, flow, most, n):
+    net, images = LinearGaussian(flow), levels_like((1, 8, 8), 256, n)
+    split = data.Split(images, torch.arange(n), torch.zeros(n, dtype=torch.long), 256)
     everything = data.Data(split, split, split, (1, 8, 8), 256, [], 0)
     marginal = D.MultivariateNormal(torch.zeros(64).double(), net.w @ net.w.T + 0.25 * torch.eye(64))
     exact = -marginal.log_prob(net.normalize(images).flatten(1)).mean().item()
@@ -333,7 +333,7 @@ def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(mon
         found[-1]["neg_elbo"] > exact + 0.2
     monkeypatch.setattr(infer, "DECODED", 64 * 300)  # so that the latents of an image come in parts
     part = infer.evaluate(net, everything, Namespace(limit=50, iw_samples=most, device="cpu", seed=1))
-    chosen = torch.randperm(200, generator=utils.stream("evaluate"))[:50]
+    chosen = torch.randperm(n, generator=utils.stream("evaluate"))[:50]
     exact = -marginal.log_prob(net.normalize(images[chosen]).flatten(1)).mean().item()
     assert part["images"] == 50 and part["iw_nll"] == pytest.approx(exact, abs=0.02)
 
