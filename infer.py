@@ -610,7 +610,8 @@ def main(argv=None):
         for it, path in zip(subjects, args.ckpt):
             measured.append(measure(it, path, args))
             report(measured[-1:])
-        if len(subjects) > 1 and not set(differing(subjects)) - {"seed"}:
+        seeds = {it.trained["seed"] for it in subjects}
+        if differing(subjects) == ["seed"] and len(seeds) == len(subjects):
             print("mean ± standard deviation of the seeds")
             report(measured)
         return

@@ -221,11 +221,18 @@ def resume_args(parser, defaults, given):
               "the same last bit as without the change", file=sys.stderr)
     # Moved, copied or renamed, the run is where its file is, under the name that its folder has there.
     folder, name = path.resolve().parent, Path(args.log_dir).parts
-    if args.seeds and folder.name != name[-1]:
-        args.seeds = None  # one of a group, by itself now
+    # One of a group is by itself now, where it has another name or those before it are not beside it.
+    if args.seeds and not (folder.name == name[-1] and
+                           all((folder.parent / f"seed_{seed}").is_dir()
+                               for seed in args.seeds[:args.seeds.index(args.seed)])):
+        args.seeds = None
     if folder.parts[-len(name):] != name:
         name = folder.parts[-2:] if args.seeds else folder.parts[-1:]
         args.log_dir = "/".join(name)
+        try:
+            run_name(args.log_dir)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --resume: rename its folder, {error}")
     root = folder.parents[len(name) - 1]
     if root != Path(args.checkpoint_dir).resolve():
         args.checkpoint_dir = str(root)
@@ -715,7 +722,7 @@ def claimed(args, resumed):
     if RANK:
         yield folders
         return
-    made, held = [], False
+    made, held = [], []
     try:
         try:
             for folder in folders:
@@ -728,8 +735,7 @@ def claimed(args, resumed):
             raise UserError(f"{folder} cannot be written ({error.strerror}); --results_dir and "
                             "--checkpoint_dir move it")
         with contextlib.ExitStack() as locks:
-            lock(locks, folders)
-            held = True
+            lock(locks, folders, held)
             # also one that another process has made just now
             if not resumed and any(map(holds_run, folders)):
                 if not args.overwrite:
@@ -740,14 +746,16 @@ def claimed(args, resumed):
         if not any(folders[1].glob("*.pt")):  # it ended before there was anything to keep
             with contextlib.suppress(OSError):
                 for path in reversed(made):
-                    shutil.rmtree(path) if held and path in folders else path.rmdir()
+                    shutil.rmtree(path) if path in held else path.rmdir()
 
 
-def lock(locks, folders):
-    """Lock folders until the stack `locks` ends; one that is named twice once, for it would lock itself out.
+def lock(locks, folders, held):
+    """Lock folders until the stack `locks` ends, and add them to the list `held`; one that is named twice
+    once, for it would lock itself out.
     """
     for folder in {folder.resolve(): folder for folder in folders}.values():
         locks.enter_context(locked(folder))
+        held.append(folder)
 
 
 def wipe_group(args, group):
@@ -756,7 +764,7 @@ def wipe_group(args, group):
     folders = [folder for root in (args.results_dir, args.checkpoint_dir)
                for folder in (Path(root, group), *Path(root, group).glob("seed_*")) if folder.is_dir()]
     with contextlib.ExitStack() as locks:
-        lock(locks, folders)
+        lock(locks, folders, [])
         wipe(folders)
 
 

@@ -1559,6 +1559,11 @@ def test_a_class_without_test_images_and_a_name_with_a_dollar(workplace, capsys)
     assert Path("results/run/latents.png").exists()
 
 
+def test_the_pictures_of_the_readme_are_there():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (HERE / "README.md").read_text())
+    assert len(pictures) > 10 and [path for path in pictures if not (HERE / path).is_file()] == []
+
+
 def test_scripts_start_as_commands_and_help_names_every_default(workplace, folder):
     environment = {**os.environ, "MPLBACKEND": "Agg"}
     def script(*words):
@@ -1675,6 +1680,9 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
     train.main(["--resume", "checkpoints/solo/last.pt", "--epochs", "2"])
     assert utils.load_checkpoint(Path("checkpoints/solo/last.pt"))["epoch"] == 2
     assert {path.name for path in Path("checkpoints").iterdir()} == {"cut", "whole", "solo"}
+    shutil.copytree("checkpoints/solo", "checkpoints/backup/seed_5")
+    train.main(["--resume", "checkpoints/backup/seed_5/last.pt", "--epochs", "3"])
+    assert [path.name for path in Path("checkpoints/backup").iterdir()] == ["seed_5"]
     assert Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns == before
 
 
@@ -1689,10 +1697,13 @@ def test_a_moved_run_goes_on_where_it_is(folder, workplace):
     assert train.is_whole(Path("alone/run/best.pt"))
 
 
-def test_a_copied_run_leaves_the_original_alone(folder, workplace):
+def test_a_copied_run_leaves_the_original_alone(folder, workplace, capsys):
     fit(folder, epochs=1)
     shutil.copytree("checkpoints/run", "checkpoints/backup")
     before = {path: path.read_bytes() for path in workplace.rglob("run/*") if path.name != "lock"}
+    shutil.copytree("checkpoints/run", "checkpoints/run (copy)")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run (copy)/last.pt"], capsys)
+    assert status == 2 and "rename its folder" in error
     train.main(["--resume", "checkpoints/backup/last.pt", "--epochs", "2"])
     assert all(path.read_bytes() == content for path, content in before.items())
     assert utils.load_checkpoint(Path("checkpoints/backup/last.pt"))["epoch"] == 2
