@@ -202,8 +202,7 @@ def resume_args(parser, defaults, given):
     began = {**defaults, **resumed["args"], "resume": None, "overwrite": False,
              "progress_bar": defaults["progress_bar"]}
     args, before = Namespace(**{**began, **given}), began["epochs"]
-    depends = [f"--{name}" for name in ("beta_mode", "lr_schedule", "warp")
-               if began[name] not in ("constant", 0)]
+    depends = scheduled(args)
     if args.epochs < before or (args.epochs > before and depends):
         allowed = f"on which {depends[0]} depends" if depends else "or more"
         parser.error(f"argument --epochs: {args.epochs} is not allowed with --resume, only "
@@ -443,15 +442,19 @@ def begin(args, data, resumed):
     return model, ema, optimizer, state
 
 
+def scheduled(args):
+    """The arguments for which the number of epochs cannot change any more."""
+    return [f"--{name}" for name in ("beta_mode", "lr_schedule", "warp")
+            if vars(args)[name] not in ("constant", 0)]
+
+
 def lost(args, state, checkpoints):
     """What to do without best.pt."""
     best = checkpoints / "best.pt"
     if state["epoch"] == args.epochs:
-        # to that number of epochs
-        fixed = args.beta_mode != "constant" or args.lr_schedule != "constant" or args.warp
         raise UserError(f"{best} is missing or damaged, and with it the best epoch of a run that is over; "
-                        + (f"draw the last one: python infer.py --ckpt {checkpoints / 'last.pt'}" if fixed
-                           else f"--epochs {args.epochs + 1} goes on from {checkpoints / 'last.pt'}"))
+                        + (f"draw the last one: python infer.py --ckpt {checkpoints / 'last.pt'}"
+                           if scheduled(args) else f"--epochs {args.epochs + 1} goes on from {checkpoints / 'last.pt'}"))
     if RANK == 0:
         print(f"{best} is missing or damaged: the best epoch is looked for anew from here", file=sys.stderr)
     state["best"] = math.inf
