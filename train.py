@@ -454,7 +454,8 @@ def lost(args, state, checkpoints):
     if state["epoch"] == args.epochs:
         raise UserError(f"{best} is missing or damaged, and with it the best epoch of a run that is over; "
                         + (f"draw the last one: python infer.py --ckpt {checkpoints / 'last.pt'}"
-                           if scheduled(args) else f"--epochs {args.epochs + 1} goes on from {checkpoints / 'last.pt'}"))
+                           if scheduled(args) else
+                           f"--epochs {args.epochs + 1} goes on from {checkpoints / 'last.pt'}"))
     if RANK == 0:
         print(f"{best} is missing or damaged: the best epoch is looked for anew from here", file=sys.stderr)
     state["best"] = math.inf
