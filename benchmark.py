@@ -3,7 +3,6 @@
 import copy
 import json
 import multiprocessing
-import random
 import subprocess
 import sys
 import tempfile
@@ -33,9 +32,9 @@ def parse_args(argv=None):
     parser = ArgumentParser(
         description="Measure training: images a second of train.py's own epoch; of its forward, backward and "
                     "optimiser step alone on one batch (the floor); the share of this machine's rate of "
-                    "matrix products; peak memory; seconds from the command to the first step. Medians of "
-                    "interleaved passes. Arguments of train.py can be given too, by default --dataset mnist "
-                    "--levels 2 --latent_size 20.")
+                    "matrix products; peak memory; seconds from the command to the first step. Medians over "
+                    "passes, the floor's steps between the epoch's. Arguments of train.py can be given too, "
+                    "by default --dataset mnist --levels 2 --latent_size 20.")
     parser.add_argument("--model", nargs="+", choices=list(NETWORKS), default=["mlp", "cnn"],
                         help="(default: mlp cnn)")
     parser.add_argument("--batch_size", nargs="+", type=number(int, 1), default=[128, 512], metavar="N",
@@ -43,7 +42,7 @@ def parse_args(argv=None):
     parser.add_argument("--images", type=number(int, 1), default=12_800, metavar="N",
                         help="images in a pass (default: %(default)s)")
     parser.add_argument("--repeats", type=number(int, 1), default=15, metavar="N",
-                        help="passes of each kind (default: %(default)s)")
+                        help="passes of each kind, and up to 3 starts (default: %(default)s)")
     parser.add_argument("--baseline", action="store_true",
                         help="also the plain way: torchvision's dataset, ToTensor, DataLoader, fp32; and "
                              "three epochs of it against train.py, from the command to its exit")
@@ -55,6 +54,7 @@ def parse_args(argv=None):
 def measure(argv, images, repeats, baseline):
     """A row of the table, in a process of its own, whose peak memory is then that of this row."""
     args, _ = train.parse_args(argv)
+    args.epochs = 1 + repeats  # --warp is for a share of them
     device = torch.device(args.device)
     data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform,
                 max(1, images // args.batch_size) * args.batch_size, device)
@@ -66,10 +66,6 @@ def measure(argv, images, repeats, baseline):
     batch, labels = data.train.batch(torch.arange(batch_size), args.seed, "binarize")
     noise = normal(train.noise_shape(batch_size, args), device, args.seed, "noise")
 
-    def epoch():
-        train.train_epoch(trained, data, optimizer, args, state, args.target_beta_val, time.monotonic, ema)
-        state["epoch"] += 1
-
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             rec, kl, _ = trained(batch, labels, noise)
@@ -77,33 +73,44 @@ def measure(argv, images, repeats, baseline):
         (rec + args.target_beta_val * kl).backward()
         optimizer.step()
 
-    def floor():
-        multiply_in_tf32(True)
-        for _ in range(-(-n // batch_size)):
-            step()
+    def epoch():
+        """One pass, and steps of the floor between its own, as the speed of a shared machine varies from one
+        second to the next → seconds of a pass of each. A GPU, which must not wait, has them at the end.
+        """
+        steps, turns = -(-n // batch_size), []
+        turn = max(1, steps // 5) if device.type == "cpu" else steps
+
+        def tick():
+            if state["step"] % turn == 0:
+                turns.append(seconds(lambda: [step() for _ in range(turn)], device))
+        step()  # whatever came before this pass
+        took = seconds(lambda: train.train_epoch(trained, data, optimizer, args, state, args.target_beta_val,
+                                                 tick, ema), device)
+        state["epoch"] += 1
+        return took - sum(turns), sum(turns) / (len(turns) * turn) * n / batch_size
 
     with FlopCounterMode(display=False) as flops:
         rec, kl, _ = model(batch, labels, noise)
         (rec + kl).backward()
-    epoch(), floor()
+    epoch()
     row = {"model": args.model, "batch_size": args.batch_size, "peak_rss_mb": peak_rss(),
            "startup_seconds": None}
-    ways = {"epoch": epoch, "floor": floor}
     if baseline:
         plain, _ = train.build_both(args, data.about())
         loader, adam = plain_loader(args, True, n), torch.optim.Adam(plain.parameters(), args.lr)
-        ways["plain"] = lambda: plain_epoch(plain, loader, args, adam)
-        ways["plain"]()
-    rates, rng = {way: [] for way in ways}, random.Random(0)
+        plain_epoch(plain, loader, args, adam)
+    passes = []
     for _ in range(repeats):
-        for way in rng.sample(list(ways), len(ways)):  # each finds caches and allocator as the last left them
-            rates[way].append(n / seconds(ways[way], device))
-    row |= {"images_per_second": median(rates["epoch"]), "floor_images_per_second": median(rates["floor"]),
-            "floor_ratio": median(a / b for a, b in zip(rates["epoch"], rates["floor"])),
-            "flop_share": flops.get_total_flops() / batch_size * median(rates["epoch"])
+        passes.append(epoch())
+        if baseline:
+            passes[-1] += (seconds(lambda: plain_epoch(plain, loader, args, adam), device),)
+    ours, floor, *others = zip(*passes)
+    row |= {"images_per_second": n / median(ours), "floor_images_per_second": n / median(floor),
+            "floor_ratio": median(b / a for a, b in zip(ours, floor)),
+            "flop_share": flops.get_total_flops() / batch_size * n / median(ours)
             / matrix_rate(args.precision, device)}
     if baseline:
-        row["speedup"] = median(a / b for a, b in zip(rates["epoch"], rates["plain"]))
+        row["speedup"] = median(b / a for a, b in zip(ours, *others))
     return row
 
 
@@ -116,11 +123,18 @@ def matrix_rate(precision, device):
 
 
 def seconds(work, device):
+    wait(device)
     start = time.perf_counter()
     work()
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    wait(device)
     return time.perf_counter() - start
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_rss():
@@ -235,7 +249,7 @@ def main(argv=None):
             settings, _ = train.parse_args(options)
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
                 rows.append(fresh.submit(measure, options, args.images, args.repeats, args.baseline).result())
-            rows[-1]["startup_seconds"] = median(startup(options) for _ in range(3))
+            rows[-1]["startup_seconds"] = median(startup(options) for _ in range(min(args.repeats, 3)))
     if args.json:
         print(json.dumps(rows, indent=2))
     else:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import struct
@@ -2071,15 +2072,17 @@ def gradients(case, n, beta=0.7):
     tested = train.test_epoch(net, split, args, "val", lambda: None)
     return [p.grad.clone() for p in net.parameters()], means, tested
 
+def all_gradients(file):
+    with utils.processes():
+        cases = ("mlp", "cnn", "resnet", "ae", "conditional", "stochastic", "weighted")
+        found = {{f"{{case}} {{n}}": gradients(case, n) for case in cases for n in (8, 7, 1)}}
+    if utils.RANK == 0:
+        torch.save(found, file)
+
 def main():
     what, rest = sys.argv[1], sys.argv[2:]
     if what == "gradients":
-        with utils.processes():
-            cases = ("mlp", "cnn", "resnet", "ae", "conditional", "stochastic", "weighted")
-            found = {{f"{{case}} {{n}}": gradients(case, n) for case in cases for n in (8, 7, 1)}}
-        if utils.RANK == 0:
-            torch.save(found, rest[0])
-        return
+        return all_gradients(*rest)
     add_up, seen = train.add_up, []
     def interrupted(sums, terms, n):
         seen.append(n)
@@ -2103,15 +2106,19 @@ def torchrun(tmp_path, monkeypatch):
     (tmp_path / "worker.py").write_text(WORKER.format(here=str(HERE)))
 
     def run(n, *words):
-        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
-        done = subprocess.run([sys.executable, *many, "worker.py", *map(str, words)], capture_output=True,
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               f"--nproc_per_node={n}", "worker.py", *map(str, words)], capture_output=True,
                               text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
         return done.returncode, done.stdout, done.stderr
     return run
 
 
 def test_gradients_of_two_and_three_processes_are_those_of_one(torchrun):
-    one, *others = [torchrun(n, "gradients", f"{n}.pt") and torch.load(f"{n}.pt") for n in (1, 2, 3)]
+    runpy.run_path("worker.py")["all_gradients"]("1.pt")
+    for n in (2, 3):
+        status, _, err = torchrun(n, "gradients", f"{n}.pt")
+        assert status == 0, err
+    one, *others = (torch.load(f"{n}.pt") for n in (1, 2, 3))
     assert len(one) == 21
     for other in others:
         for case, (grads, *found) in one.items():
@@ -2121,14 +2128,14 @@ def test_gradients_of_two_and_three_processes_are_those_of_one(torchrun):
             assert list(other[case][1:]) == [pytest.approx(figure, rel=1e-10) for figure in found]
 
 
-def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder):
+def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder, capsys):
     def argv(name):
         return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--model=mlp",
                 "--batch_size=30", "--epochs=4", "--lr=3e-3", f"--log_dir={name}", "--levels=2",
                 "--binarize=stochastic", "--flip", "--precision=fp32"]
-    for n, name in ((1, "one"), (2, "whole")):
-        status, out, err = torchrun(n, "run", *argv(name))
-        assert status == 0 and out.count("epoch 4/4") == 1, err
+    train.main(argv("one"))
+    status, out, err = torchrun(2, "run", *argv("whole"))
+    assert status == 0 and out.count("epoch 4/4") == 1, err
     rows = {}
     for name in ("one", "whole"):
         with open(f"results/{name}/metrics.csv") as file:
@@ -2141,8 +2148,8 @@ def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder):
     status, _, err = torchrun(2, "run", "--resume", "checkpoints/cut/last.pt")
     assert status == 0, err
     assert_same_runs(*((Path("results", name), Path("checkpoints", name)) for name in ("whole", "cut")))
-    status, _, err = torchrun(1, "run", "--resume", "checkpoints/alone/last.pt")
-    assert status == 0 and "2 processes, not 1" in err
+    train.main(["--resume", "checkpoints/alone/last.pt"])
+    assert "2 processes, not 1" in capsys.readouterr().err
     with open("results/alone/metrics.csv") as file:
         last = [float(row["val_loss"]) for row in csv.DictReader(file)]
     assert last == pytest.approx(rows["one"], rel=1e-4)
@@ -2159,10 +2166,10 @@ def test_a_process_that_fails_ends_the_job_with_its_message(torchrun, folder):
 
 def test_the_benchmark_prints_its_rows(workplace, capsys):
     write_idx(workplace / "data", (512, 50))
-    benchmark.main(["--model", "mlp", "--batch_size", "64", "--images", "256", "--repeats", "2", "--json",
+    benchmark.main(["--model", "mlp", "--batch_size", "16", "--images", "448", "--repeats", "1", "--json",
                     "--binarize", "stochastic", "--hidden_dims", "16"])
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["model"], row["batch_size"]) == ("mlp", 64) and 0 < row["flop_share"] < 1
+    assert (row["model"], row["batch_size"]) == ("mlp", 16) and 0 < row["flop_share"] < 1
     assert row["images_per_second"] > 0 and 0.1 < row["floor_ratio"] < 2 and row["startup_seconds"] > 0.5
     assert sys.platform != "linux" or 100 < row["peak_rss_mb"] < 2000
 
@@ -2402,10 +2409,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workp
 
 @pytest.mark.skipif(not (HERE / "data/MNIST/raw/train-images-idx3-ubyte").exists(),
                     reason="data/MNIST is not here")
-@pytest.mark.parametrize("kind,bound", [("mlp", 110), ("cnn", 105)])
-def test_mnist_in_three_epochs(kind, bound, workplace):
+@pytest.mark.parametrize("kind,bound", [("mlp", 135), ("cnn", 155)])
+def test_mnist_in_an_epoch(kind, bound, workplace):
     train.main(["--dataset=mnist", f"--data_dir={HERE / 'data'}", "--levels=2", f"--model={kind}",
-                "--epochs=3", "--log_dir=run"])
+                "--epochs=1", "--log_dir=run"])
     best = utils.load_checkpoint(workplace / "checkpoints/run/best.pt")
     assert best["best"] < bound and best["data"]["shape"] == [1, 28, 28]
 

@@ -654,14 +654,18 @@ def draw_curves(history, path):
               if any(history[0].get(p + key) is not None for p in ("", "val_"))]
     best = min(history, key=lambda row: row["val_loss"])["epoch"]
     epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(3.6 * len(panels), 3.4), layout="constrained")
-    for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    width, height = 3.8, 3.4  # inches, of a panel
+    figure = Figure(figsize=(width * len(panels), height))
+    for i, (key, title) in enumerate(panels):  # in set places: a layout that fits itself takes twice as long
+        axis = figure.add_axes([(i + 0.95 / width) / len(panels), 0.5 / height,
+                                (1 - 1.05 / width) / len(panels), 1 - 0.8 / height])
         curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
         for prefix, label in curves.items():
             axis.plot(epochs, [row[prefix + key] for row in history], label=label,
                       marker="." if len(epochs) < 30 else "")
         axis.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
         axis.set(title=title, xlabel="epoch")
+        axis.ticklabel_format(useOffset=False)
         values = [row[prefix + key] for row in history for prefix in curves]
         if 0 < 10 * min(values) < max(values):  # without a penalty the first KL would hide the rest
             axis.set_yscale("log")
