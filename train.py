@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import DATASETS, load, warp
 from model import DEFAULT_LOSS, NETWORKS, build
-from utils import (LOCAL_RANK, RANK, WORLD, ArgumentParser, RunLog, Signals, UserError, active_units,
+from utils import (LOCAL_RANK, RANK, WORLD, ArgumentParser, Muon, RunLog, Signals, UserError, active_units,
                    all_finite, beta_schedule, call, default_device, default_precision, device_type,
                    interleave, load_checkpoint, locked, lr_schedule, multiply_in_tf32, normal, number,
                    one_line, own_device, processes, run_name, save_checkpoint, save_grid, say, share, shared,
@@ -91,15 +91,17 @@ def parse_args(argv=None):
     optimisation.add_argument("--epochs", "--user_epochs", type=number(int, 1), default=20, metavar="N",
                               help=default)
     optimisation.add_argument("--batch_size", type=number(int, 1), default=128, metavar="N", help=default)
+    optimisation.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
+                              help=f"muon: orthogonalised steps for matrices, AdamW's for the rest {default}")
     optimisation.add_argument("--lr", type=number(float, 0, above=True), default=1e-3, metavar="LR",
-                              help=f"AdamW's learning rate {default}")
+                              help=f"learning rate {default}")
     optimisation.add_argument("--lr_schedule", choices=("constant", "cosine"), default="constant",
                               help=f"cosine: up from 0 within the first steps, then down to 0 {default}")
     optimisation.add_argument("--ema", type=number(float, 0), default=0.999, metavar="DECAY",
                               help="judge and draw with a moving average of the weights, of this decay a "
                                    "step; 0: off (default: %(default)s)")
     optimisation.add_argument("--weight_decay", type=number(float, 0), default=0.0, metavar="W",
-                              help=f"AdamW's decoupled weight decay {default}")
+                              help=f"decoupled weight decay {default}")
     optimisation.add_argument("--grad_clip", type=number(float, 0), default=0.0, metavar="NORM",
                               help="clip the gradient's norm; losses are sums, so norms of hundreds are "
                                    "normal (default: 0, off)")
@@ -566,8 +568,12 @@ def check(args, data, resumed):
 def build_both(args, about):
     """→ the model and its optimiser."""
     model = build(vars(args), about).to(args.device)
-    return model, torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-                                    fused=torch.device(args.device).type != "mps")
+    options = {"lr": args.lr, "weight_decay": args.weight_decay,
+               "fused": torch.device(args.device).type != "mps"}
+    if args.optimizer == "muon":
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        return model, Muon(model.parameters(), dtype, **options)
+    return model, torch.optim.AdamW(model.parameters(), **options)
 
 
 def restore(model, ema, optimizer, resumed):
@@ -578,7 +584,8 @@ def restore(model, ema, optimizer, resumed):
     moments = resumed["optimizer"]  # without its settings, which are the arguments'
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for i, parameter in enumerate(model.parameters() if resumed["step"] else ()):
-        for name in ("exp_avg", "exp_avg_sq"):
+        orthogonal = isinstance(optimizer, Muon) and parameter.ndim > 1
+        for name in ("exp_avg",) if orthogonal else ("exp_avg", "exp_avg_sq"):
             if moments[i][name].shape != parameter.shape:
                 raise ValueError(f"size mismatch for {name} of {list(parameter.shape)}")
 

@@ -339,6 +339,43 @@ def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(mon
     assert part["images"] == 50 and part["iw_nll"] == pytest.approx(exact, abs=0.02)
 
 
+def test_with_a_flow_the_gradient_vanishes_at_the_true_posterior():
+    """There log p(x, z) - log q(z|x) is the same for each z, so its gradient through z is 0 in each draw."""
+    net, images = LinearGaussian(1), levels_like((1, 8, 8), 256, 3)
+    net.w = torch.linalg.svd(net.w, full_matrices=False)[0]  # for independent dimensions of the posterior
+    mean, log_std, context = net.encode(images)  # which is off by 0.1 and a factor of 1.3
+    for parameter in net.flow.parameters():
+        parameter.data.zero_()  # an exchange of places, which encode undoes
+    for off in (0, 1):
+        codes = [mean - 0.1 * (1 - off), log_std - math.log(1.3), context]
+        codes = [code.requires_grad_() for code in codes]
+        net.encode = lambda images, labels: codes
+        gradients = torch.autograd.grad(sum(net(images, noise=double(3, 3))[:2]), codes[:2])
+        assert (max(gradient.abs().max() for gradient in gradients) < 1e-12) == (not off)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_with_a_flow_the_gradient_is_unbiased(size):
+    """Integrated over the noise (Gauss-Hermite) it is that of the ELBO."""
+    torch.manual_seed(0)
+    net = model.VAE((1, 8, 8), 2, "mlp", size, hidden_dims=[8], flow=1).double()
+    stir(net, 0.1)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    noise = torch.cartesian_prod(*[torch.tensor(nodes)] * size).view(-1, size)
+    weights = torch.cartesian_prod(*[torch.tensor(weights / weights.sum())] * size).view(-1, size).prod(1)
+    images = levels_like((1, 8, 8), 2, 1).expand(len(noise), -1, -1, -1)
+
+    def gradients():
+        rec, ratio = net.weigh(images, None, noise[:, None])
+        loss = weights @ (rec + ratio)[:, 0]
+        return loss.item(), *torch.autograd.grad(loss, list(net.parameters()))
+    path = gradients()
+    net.iw_train = 2  # of which weigh gives the gradient of each term as it is
+    whole = gradients()
+    for a, b in zip(path, whole):
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_a_flow_has_the_density_of_its_jacobian(size):
     net = model.VAE((1, 8, 8), 2, "mlp", size, hidden_dims=[8], flow=2).double()
@@ -855,12 +892,50 @@ def test_each_epoch_sees_each_image_once_in_a_new_order_and_new_noise(folder, wo
     assert noise.mean().abs() < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize("shape", [(3, 20, 50), (2, 50, 20), (1, 16, 16)])
+def test_orthogonalize_keeps_the_singular_vectors(shape):
+    matrices = double(*shape)
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    inner = u.mT @ utils.orthogonalize(matrices) @ vh.mT  # diagonal, where the singular vectors are the same
+    values = inner.diagonal(dim1=1, dim2=2)
+    assert (inner - torch.diag_embed(values)).abs().max() < 1e-9
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_muon_is_that_of_torch_for_matrices_and_adamw_for_the_rest():
+    torch.manual_seed(0)
+    shapes = ((8, 12), (12, 8), (8, 12), (6, 2, 3, 3), (7,))
+    ours = [torch.randn(shape) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.flatten(1).clone() if p.ndim > 1 else p.clone()) for p in ours]
+    ours[3] = ours[3].to(memory_format=torch.channels_last)
+    ours = [torch.nn.Parameter(p) for p in ours]
+    options = {"lr": 0.05, "weight_decay": 0.1}
+    muon = utils.Muon(ours, torch.bfloat16, **options)  # torch's is always in bf16
+    others = (torch.optim.Muon(theirs[:4], adjust_lr_fn="match_rms_adamw", **options),
+              torch.optim.AdamW(theirs[4:], **options))
+    before = [p.detach().clone() for p in ours]
+    for _ in range(5):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.reshape(b.shape).clone()
+        for optimizer in (muon, *others):
+            optimizer.step()
+    for a, b, was in zip(ours, theirs, before):
+        moved = (a - was).abs().mean()
+        assert moved > 0.02 and (a.flatten() - b.flatten()).abs().max() < 0.02 * moved
+
+
 def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
     seen, adamw = [], torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: seen.append(options)
                         or adamw(*args, **options))
     fit(folder, "--lr=0.003", "--weight_decay=0.25", epochs=1)
     assert seen[0]["lr"] == 0.003 and seen[0]["weight_decay"] == 0.25
+    muon = train.build_both(train.parse_args(["--optimizer=muon", "--lr=0.003", "--weight_decay=0.25",
+                                              "--precision=fp32"])[0],
+                            {"shape": (1, 8, 8), "levels": 256, "classes": []})[1]
+    assert muon.defaults["lr"] == 0.003 and muon.defaults["weight_decay"] == 0.25
+    assert muon.dtype == torch.float32
 
 
 def test_the_schedule_reaches_the_optimiser_and_the_log(folder, workplace, monkeypatch):
@@ -1627,7 +1702,7 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 @pytest.mark.parametrize("flags", [
     "--model=mlp --levels=2 --binarize=stochastic --precision=fp32 --flow=1 --warp=0.4",
     "--model=cnn --conditional --beta_mode=linear --precision=bf16 --lr_schedule=cosine --ema=0.9",
-    "--model=resnet --loss_mode=ae --ema=0.99 --flip",
+    "--model=resnet --loss_mode=ae --ema=0.99 --flip --optimizer=muon",
     "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01 --precision=bf16",
     "--model=cnn --levels=16 --precision=fp32 --iw_train=3",
     "--model=cnn --compile --precision=bf16"])
@@ -2062,7 +2137,7 @@ def gradients(case, n, beta=0.7):
     kind = dict(ae=model.AE, conditional=model.ConditionalVAE).get(case, model.VAE)
     net = kind(
         (1, 9, 11), 2, case if case in model.NETWORKS else "cnn", 3, hidden_dims=[16], num_filters=2,
-        **dict(num_classes=2) if case == "conditional" else {{}},
+        **dict(num_classes=2) if case == "conditional" else {{}}, **dict(flow=1) if case == "flow" else {{}},
         **dict(iw_train=4) if case == "weighted" else {{}}).double()
     everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
     trained = train.prepared(net, everything, args)
@@ -2074,7 +2149,7 @@ def gradients(case, n, beta=0.7):
 
 def all_gradients(file):
     with utils.processes():
-        cases = ("mlp", "cnn", "resnet", "ae", "conditional", "stochastic", "weighted")
+        cases = ("mlp", "cnn", "resnet", "ae", "conditional", "stochastic", "weighted", "flow")
         found = {{f"{{case}} {{n}}": gradients(case, n) for case in cases for n in (8, 7, 1)}}
     if utils.RANK == 0:
         torch.save(found, file)
@@ -2119,7 +2194,7 @@ def test_gradients_of_two_and_three_processes_are_those_of_one(torchrun):
         status, _, err = torchrun(n, "gradients", f"{n}.pt")
         assert status == 0, err
     one, *others = (torch.load(f"{n}.pt") for n in (1, 2, 3))
-    assert len(one) == 21
+    assert len(one) == 24
     for other in others:
         for case, (grads, *found) in one.items():
             assert sum(grad.abs().sum() for grad in grads) > 1e-3

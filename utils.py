@@ -363,6 +363,58 @@ def lr_schedule(mode, lr, steps):
 
 
 @torch.no_grad()
+def orthogonalize(matrices):
+    """[N, R, C] → of each matrix U S Vᵀ (its singular value decomposition) roughly U Vᵀ: singular values
+    between about 0.7 and 1.2, but for those that were hardly there. By the Newton-Schulz iteration of Muon
+    (Jordan et al. 2024), which is products alone, also in bf16.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for matrices, a convolution's weights as [outputs, inputs · 9] among them,
+    and AdamW for vectors. A matrix's step is its momentum, orthogonalised and made as long as AdamW's, so
+    that one learning rate and weight decay fit both (Liu et al. 2025).
+
+    torch.optim.Muon takes no convolutions, and one matrix after the other.
+
+    dtype: in which to orthogonalise
+    """
+
+    def __init__(self, parameters, dtype, **options):
+        super().__init__(parameters, **options)
+        self.dtype, self.alike = dtype, {}  # matrices, by shape: those of one shape take one product
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.ndim > 1:
+                self.alike.setdefault(parameter.shape, []).append(parameter)
+
+    @torch.no_grad()
+    def step(self):
+        options = self.param_groups[0]
+        for shape, matrices in self.alike.items():
+            updates = []
+            for matrix in matrices:
+                state = self.state[matrix]
+                if not state:  # AdamW, when it loads a state, looks for the step in each
+                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(matrix)}
+                momentum = state["exp_avg"].lerp_(matrix.grad, 0.05)
+                updates.append(matrix.grad.lerp(momentum, 0.95).flatten(1))  # Nesterov's
+                matrix.grad = None  # AdamW has nothing to do there
+            updates = orthogonalize(torch.stack(updates).to(self.dtype))
+            length = 0.2 * math.sqrt(max(updates.shape[1:]))
+            for matrix, update in zip(matrices, updates):
+                matrix.mul_(1 - options["lr"] * options["weight_decay"])
+                matrix.add_(update.view(shape), alpha=-options["lr"] * length)
+        super().step()
+
+
+@torch.no_grad()
 def visualize_manifold(decoder, grid_size=20):
     """The images of a 2-D latent space, at the percentiles (i + 0.5) / grid_size of N(0, 1) on both axes
     (Kingma & Welling 2014, fig. 4): z₁ grows to the right, z₂ upwards.
