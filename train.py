@@ -568,12 +568,9 @@ def check(args, data, resumed):
 def build_both(args, about):
     """→ the model and its optimiser."""
     model = build(vars(args), about).to(args.device)
-    options = {"lr": args.lr, "weight_decay": args.weight_decay,
-               "fused": torch.device(args.device).type != "mps"}
-    if args.optimizer == "muon":
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        return model, Muon(model.parameters(), dtype, **options)
-    return model, torch.optim.AdamW(model.parameters(), **options)
+    optimizer = Muon if args.optimizer == "muon" else torch.optim.AdamW
+    return model, optimizer(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                            fused=torch.device(args.device).type != "mps")
 
 
 def restore(model, ema, optimizer, resumed):

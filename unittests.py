@@ -910,7 +910,7 @@ def test_muon_is_that_of_torch_for_matrices_and_adamw_for_the_rest():
     ours[3] = ours[3].to(memory_format=torch.channels_last)
     ours = [torch.nn.Parameter(p) for p in ours]
     options = {"lr": 0.05, "weight_decay": 0.1}
-    muon = utils.Muon(ours, torch.bfloat16, **options)  # torch's is always in bf16
+    muon = utils.Muon(ours, **options)
     others = (torch.optim.Muon(theirs[:4], adjust_lr_fn="match_rms_adamw", **options),
               torch.optim.AdamW(theirs[4:], **options))
     before = [p.detach().clone() for p in ours]
@@ -921,8 +921,8 @@ def test_muon_is_that_of_torch_for_matrices_and_adamw_for_the_rest():
         for optimizer in (muon, *others):
             optimizer.step()
     for a, b, was in zip(ours, theirs, before):
-        moved = (a - was).abs().mean()
-        assert moved > 0.02 and (a.flatten() - b.flatten()).abs().max() < 0.02 * moved
+        moved = (a - was).abs().mean()  # torch's computes in bf16
+        assert moved > 0.02 and (a.flatten() - b.flatten()).abs().max() < 0.1 * moved
 
 
 def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
@@ -931,11 +931,10 @@ def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
                         or adamw(*args, **options))
     fit(folder, "--lr=0.003", "--weight_decay=0.25", epochs=1)
     assert seen[0]["lr"] == 0.003 and seen[0]["weight_decay"] == 0.25
-    muon = train.build_both(train.parse_args(["--optimizer=muon", "--lr=0.003", "--weight_decay=0.25",
-                                              "--precision=fp32"])[0],
+    muon = train.build_both(train.parse_args(["--optimizer=muon", "--lr=0.003", "--weight_decay=0.25"])[0],
                             {"shape": (1, 8, 8), "levels": 256, "classes": []})[1]
+    assert isinstance(muon, utils.Muon)
     assert muon.defaults["lr"] == 0.003 and muon.defaults["weight_decay"] == 0.25
-    assert muon.dtype == torch.float32
 
 
 def test_the_schedule_reaches_the_optimiser_and_the_log(folder, workplace, monkeypatch):

@@ -366,7 +366,7 @@ def lr_schedule(mode, lr, steps):
 def orthogonalize(matrices):
     """[N, R, C] → of each matrix U S Vᵀ (its singular value decomposition) roughly U Vᵀ: singular values
     between about 0.7 and 1.2, but for those that were hardly there. By the Newton-Schulz iteration of Muon
-    (Jordan et al. 2024), which is products alone, also in bf16.
+    (Jordan et al. 2024), which is products alone.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -383,13 +383,11 @@ class Muon(torch.optim.AdamW):
     that one learning rate and weight decay fit both (Liu et al. 2025).
 
     torch.optim.Muon takes no convolutions, and one matrix after the other.
-
-    dtype: in which to orthogonalise
     """
 
-    def __init__(self, parameters, dtype, **options):
+    def __init__(self, parameters, **options):
         super().__init__(parameters, **options)
-        self.dtype, self.alike = dtype, {}  # matrices, by shape: those of one shape take one product
+        self.alike = {}  # matrices, by shape: those of one shape take one product
         for parameter in self.param_groups[0]["params"]:
             if parameter.ndim > 1:
                 self.alike.setdefault(parameter.shape, []).append(parameter)
@@ -406,7 +404,7 @@ class Muon(torch.optim.AdamW):
                 momentum = state["exp_avg"].lerp_(matrix.grad, 0.05)
                 updates.append(matrix.grad.lerp(momentum, 0.95).flatten(1))  # Nesterov's
                 matrix.grad = None  # AdamW has nothing to do there
-            updates = orthogonalize(torch.stack(updates).to(self.dtype))
+            updates = orthogonalize(torch.stack(updates))
             length = 0.2 * math.sqrt(max(updates.shape[1:]))
             for matrix, update in zip(matrices, updates):
                 matrix.mul_(1 - options["lr"] * options["weight_decay"])
