@@ -6,7 +6,6 @@ image (for mse: squared error on the scale [-1, 1]), so that beta means the same
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -187,18 +186,21 @@ class Coupling(nn.Module):
     def forward(self, z, context):
         """z, context [..., D] → z [..., D], the log determinant of the Jacobian [...]."""
         kept, changed = z[..., :self.half], z[..., self.half:]
-        shift, log_scale = self.amounts(self.net, kept, context)
+        shift, log_scale = self.amounts(self.net.parameters(), kept, context)
         return torch.cat([changed * log_scale.exp() + shift, kept], -1), log_scale.sum(-1)
 
     def inverse(self, z, context):
         """What forward made z of, and the same log determinant; no gradient reaches the weights."""
-        weights = {name: weight.detach() for name, weight in self.net.named_parameters()}
         changed, kept = z.tensor_split([z.shape[-1] - self.half], -1)
-        shift, log_scale = self.amounts(partial(torch.func.functional_call, self.net, weights), kept, context)
+        weights = (weight.detach() for weight in self.net.parameters())
+        shift, log_scale = self.amounts(weights, kept, context)
         return torch.cat([kept, (changed - shift) * (-log_scale).exp()], -1), log_scale.sum(-1)
 
-    def amounts(self, net, kept, context):
-        shift, log_scale = exact(net, torch.cat([kept, context], -1)).chunk(2, -1)
+    def amounts(self, weights, kept, context):
+        """What the network, with these weights of its two layers, makes of its half of z and the context."""
+        weight, bias, last_weight, last_bias = weights
+        hidden = F.silu(F.linear(torch.cat([kept, context], -1), weight, bias))
+        shift, log_scale = F.linear(hidden, last_weight, last_bias).to(kept.dtype).chunk(2, -1)
         return shift, log_scale.tanh()
 
 
@@ -461,16 +463,16 @@ class VAE(AE):
         """Of K latents of each image, noise ~ N(0, I) [B, K, D]: -log p(x|z) and log q(z|x) - log p(z), in
         nats, each [B, K]. Minus their sum is the log of an importance weight.
 
-        Of the ELBO of a flow, the gradient reaches the posterior through z alone: what is left out is 0 in
-        expectation, and noise otherwise (Roeder et al. 2017). With many latents it would not be 0.
+        With a flow and K = 1 the gradient reaches q through z alone: what is left out is 0 in expectation,
+        and noise otherwise (Roeder et al. 2017). In the bound of many latents it would not be 0.
         """
         mean, log_std, *context = (code[:, None] for code in self.encode(images, labels))
         z, k = sample_reparameterize(mean, log_std.exp(), noise), noise.shape[1]
         z, log_det = self.transform(z, *context)
-        if self.flow and self.iw_train <= 1 and torch.is_grad_enabled():
-            mean, log_std, *context = (code.detach() for code in (mean, log_std, *context))
+        if self.flow and k == 1 and torch.is_grad_enabled():
+            log_std, *context = (code.detach() for code in (log_std, *context))
             start, log_det = self.inverse(z, *context)
-            noise = (start - mean) * (-log_std).exp()
+            noise = noise + (start - start.detach()) * (-log_std).exp()  # its value is noise
         params = self.decode(z.flatten(0, 1), None if labels is None else labels.repeat_interleave(k))
         rec = self.reconstruction_loss(params, images.repeat_interleave(k, 0)).view(-1, k)
         return rec, ((z ** 2 - noise ** 2) / 2 - log_std).sum(-1) - log_det

@@ -595,7 +595,8 @@ def verified(path):
     if "optimizer" in state and state["optimizer"] is None:
         raise UserError(f"{path} was packed for drawing, without what training needs to go on")
     try:
-        model, optimizer = build_both(Namespace(**{**state["args"], "device": "cpu"}), state["data"])
+        older = {"optimizer": "adamw"}  # what a run of an earlier version did not say
+        model, optimizer = build_both(Namespace(**{**older, **state["args"], "device": "cpu"}), state["data"])
         restore(model, copy.deepcopy(model) if state["args"]["ema"] else None, optimizer, state)
         for name, kind in {"epoch": int, "step": int, "threads": int, "sums": torch.Tensor, "history": list,
                            "best": float, "elapsed": float, "processes": int}.items():

@@ -378,11 +378,12 @@ def orthogonalize(matrices):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for matrices, a convolution's weights as [outputs, inputs · 9] among them,
+    """Muon (Jordan et al. 2024) for matrices, also embeddings and, as [outputs, inputs · 9], convolutions,
     and AdamW for vectors. A matrix's step is its momentum, orthogonalised and made as long as AdamW's, so
     that one learning rate and weight decay fit both (Liu et al. 2025).
 
-    torch.optim.Muon takes no convolutions, and one matrix after the other.
+    torch.optim.Muon takes no convolutions, and one matrix after the other. Processes on unlike machines round
+    these products differently.
     """
 
     def __init__(self, parameters, **options):
