@@ -356,7 +356,7 @@ def add_up(sums, terms, n):
     """Sums over images, with a batch's means over n of them added; on the device, since a number fetched each
     step would stall a GPU.
     """
-    return torch.add(sums, torch.stack([term for term in terms if term is not None]).detach(), alpha=n)
+    return torch.add(sums, torch.stack([term.detach() for term in terms if term is not None]), alpha=n)
 
 
 def means(sums, n):
