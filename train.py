@@ -273,6 +273,8 @@ def train_epoch(model, data, optimizer, args, state, beta, tick, ema=None):
         # elsewhere a look at each step would stall the device
         if device.type == "cpu" and not math.isfinite(loss.item()):
             raise FloatingPointError
+        # before the optimiser fills the caches, after which it would take several times as long
+        state["sums"] = add_up(state["sums"], terms, count)
         optimizer.zero_grad()
         loss.backward()
         if args.grad_clip:
@@ -283,7 +285,6 @@ def train_epoch(model, data, optimizer, args, state, beta, tick, ema=None):
         if ema and (done % FOLLOW_EVERY == 0 or done == steps):
             decay = min(args.ema, (1 + state["step"]) / (10 + state["step"]))
             follow(ema, model, decay ** ((done - 1) % FOLLOW_EVERY + 1))
-        state["sums"] = add_up(state["sums"], terms, count)
         state["step"] += 1
         tick()
     return means(total(state["sums"]), len(data.train))
