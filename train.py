@@ -273,7 +273,7 @@ def train_epoch(model, data, optimizer, args, state, beta, tick, ema=None):
         # elsewhere a look at each step would stall the device
         if device.type == "cpu" and not math.isfinite(loss.item()):
             raise FloatingPointError
-        # before the optimiser fills the caches, after which it would take several times as long
+        # here, since it takes longer once the optimiser has filled the caches
         state["sums"] = add_up(state["sums"], terms, count)
         optimizer.zero_grad()
         loss.backward()
