@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from utils import UserError, one_line, stream, stream_seed
 
-NAMED = {  # name → (class in torchvision.datasets, where its files can be put by hand)
-    "mnist": ("MNIST", "MNIST/raw"),
-    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
-    "kmnist": ("KMNIST", "KMNIST/raw"),
-    "cifar10": ("CIFAR10", ""),
+NAMED = {  # name → (class in torchvision.datasets, where its archives can be put by hand, its unpacked files)
+    "mnist": ("MNIST", "MNIST/raw", "MNIST/raw/*-ubyte"),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", "FashionMNIST/raw/*-ubyte"),
+    "kmnist": ("KMNIST", "KMNIST/raw", "KMNIST/raw/*-ubyte"),
+    "cifar10": ("CIFAR10", "", "cifar-10-batches-py/*"),
 }
 DATASETS = ("glyphs", *NAMED)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -97,7 +97,7 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     data_dir = Path(data_dir)
     if dataset in DATASETS:
         if dataset == "glyphs":
-            arrays = cached(data_dir, "glyphs-1", 4, save_glyphs)
+            arrays = cached(data_dir, "glyphs-1", 4, lambda files: save(files, make_glyphs()))
             train, test, classes = arrays[:2], arrays[2:], [str(digit) for digit in range(10)]
         else:
             train, test, classes = read_named(dataset, data_dir, download)
@@ -263,13 +263,44 @@ def cached(data_dir, key, count, make):
     return [np.load(io.BytesIO(file.getbuffer())) for file in files]
 
 
+def save(files, arrays):
+    for file, array in zip(files, arrays):
+        np.save(file, array, allow_pickle=False)
+
+
+def signature(about, folder, files):
+    """Of what is cached about files: it changes where a file in that folder is new, gone or changed."""
+    digest = hashlib.sha256(repr(about).encode())
+    for path in files:
+        with contextlib.suppress(OSError):  # a link to nowhere or to itself: who reads it will name it
+            status = path.stat()
+            digest.update(f"{os.fspath(path.relative_to(folder))!r} {status.st_size} {status.st_mtime_ns}\n"
+                          .encode())
+    return digest.hexdigest()[:16]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The named datasets, through torchvision
 
 def read_named(dataset, data_dir, download):
-    """→ (train images, labels), (test images, labels), class names, in NumPy."""
+    """→ (train images, labels), (test images, labels), class names, in NumPy; from the cache, or else from
+    what torchvision reads, whose import takes a second.
+    """
+    def key():
+        return f"{dataset}-{signature(1, data_dir, sorted(data_dir.glob(NAMED[dataset][2])))}"
+
+    arrays = None
+    if not (data_dir / "cache" / key()).is_dir():
+        arrays = fetch(dataset, data_dir, download)  # before the key is made of the files
+    images, labels, test_images, test_labels, classes = cached(
+        data_dir, key(), 5, lambda files: save(files, arrays or fetch(dataset, data_dir, download)))
+    return (images, labels), (test_images, test_labels), classes.tolist()
+
+
+def fetch(dataset, data_dir, download):
+    """→ train images, labels, test images, labels, class names; downloaded where they are not there."""
     from utils import torchvision
-    name, by_hand = NAMED[dataset]
+    name, by_hand, _ = NAMED[dataset]
     source, folder = getattr(torchvision.datasets, name), data_dir / by_hand
     names = [file for file, _ in source.resources] if hasattr(source, "resources") else [source.filename]
     archives = [folder / file for file in names if not (folder / file).exists()]  # the user's own stay
@@ -287,12 +318,12 @@ def read_named(dataset, data_dir, download):
         socket.setdefaulttimeout(timeout)
     for archive in archives:
         archive.unlink(missing_ok=True)
-    splits = []
+    arrays = []
     for part in parts:
         images = np.asarray(part.data)
         images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-        splits.append((np.ascontiguousarray(images), np.asarray(part.targets, dtype=np.int64)))
-    return *splits, [name.split(" - ")[0] for name in parts[0].classes]  # MNIST's are "3 - three"
+        arrays += [np.ascontiguousarray(images), np.asarray(part.targets, dtype=np.int64)]
+    return [*arrays, np.array([name.split(" - ")[0] for name in parts[0].classes])]  # MNIST's are "3 - three"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -322,15 +353,8 @@ def read_folder(root, data_dir, image_size, transform, progress_bar):
     if not files:
         raise UserError(f"{printable(root)} holds no images ({' '.join(sorted(SUFFIXES))}), neither flat nor "
                         "in a folder a class")
-    signature = hashlib.sha256(repr([2, image_size, transform, classes, n_train]).encode())
-    for path, label in files:  # a file that is new, gone or changed makes another cache
-        try:
-            status = path.stat()
-        except OSError:  # a link to nowhere or to itself: decode will name it
-            continue
-        signature.update(f"{os.fspath(path.relative_to(root))!r} {label} {status.st_size} "
-                         f"{status.st_mtime_ns}\n".encode())
-    key = f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}-{signature.hexdigest()[:16]}"
+    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8] + "-" + signature(
+        [3, image_size, transform, classes, n_train], root, [path for path, _ in files])
     images, labels, first_test, crc32, report = cached(
         data_dir, key, 5, lambda out: decode(out, root, files, n_train, image_size, transform, progress_bar))
     sys.stderr.write(report.tobytes().decode())  # each time, not only when they were decoded
@@ -484,11 +508,6 @@ def printable(path):
 TYPEFACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
              "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
              "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10", "cmb10")
-
-
-def save_glyphs(files):
-    for file, array in zip(files, make_glyphs()):
-        np.save(file, array, allow_pickle=False)
 
 
 def make_glyphs(seed=42, train=60_000, test=10_000):

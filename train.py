@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from data import DATASETS, load, warp
 from model import DEFAULT_LOSS, NETWORKS, build
-from utils import (LOCAL_RANK, RANK, WORLD, ArgumentParser, Muon, RunLog, Signals, UserError, active_units,
-                   all_finite, beta_schedule, call, default_device, default_precision, device_type,
-                   interleave, load_checkpoint, locked, lr_schedule, multiply_in_tf32, normal, number,
-                   one_line, own_device, processes, run_name, save_checkpoint, save_grid, say, share, shared,
-                   stream, stream_seed, total, write_csv, write_json)
+from utils import (LOCAL_RANK, RANK, WORLD, AdamW, ArgumentParser, Muon, RunLog, Signals, UserError,
+                   active_units, all_finite, beta_schedule, call, default_device, default_precision,
+                   device_type, interleave, load_checkpoint, locked, lr_schedule, multiply_in_tf32, normal,
+                   number, one_line, own_device, processes, run_name, save_checkpoint, save_grid, say, share,
+                   shared, stream, stream_seed, total, write_csv, write_json)
 
 WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
 
@@ -569,7 +569,7 @@ def check(args, data, resumed):
 def build_both(args, about):
     """→ the model and its optimiser."""
     model = build(vars(args), about).to(args.device)
-    optimizer = Muon if args.optimizer == "muon" else torch.optim.AdamW
+    optimizer = Muon if args.optimizer == "muon" else AdamW
     return model, optimizer(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                             fused=torch.device(args.device).type != "mps")
 

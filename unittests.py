@@ -188,6 +188,13 @@ def test_manifold_is_decoded_at_the_percentiles():
     utils.visualize_manifold(lambda z: torch.zeros(len(z), 3, 4, 4))
 
 
+@pytest.mark.parametrize("n,channels,line", [(2, 1, 1), (4, 3, 1), (6, 1, 0)])
+def test_a_grid_is_torchvisions(n, channels, line):
+    images = torch.rand(n, channels, 3, 4)
+    theirs = utils.torchvision.utils.make_grid(images, nrow=2, padding=line, pad_value=utils.LINES)
+    assert torch.equal(utils.image_grid(images, 2, line), theirs)
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 6])
 def test_each_reconstruction_is_below_its_image(n, nrow=3):
     above = (torch.arange(n) + 1) / 100
@@ -728,15 +735,27 @@ def test_unreadable_files_are_named_each_time(tmp_path, capsys):
 
 def test_downloaded_archives_go_and_the_users_own_stay(tmp_path, monkeypatch):
     class Stub:
-        filename, classes, targets = "cifar-10-python.tar.gz", ["a", "b"], [0, 1] * 20
-        data = np.zeros((40, 32, 32, 3), np.uint8)
+        filename, classes, targets, made = "cifar-10-python.tar.gz", ["a", "b"], [0, 1] * 20, 0
 
         def __init__(self, root, train, download):
+            Stub.made += train
             (root / self.filename).write_text("archive")
+            unpacked = root / "cifar-10-batches-py/data_batch_1"
+            if not unpacked.exists():
+                unpacked.parent.mkdir()
+                unpacked.write_bytes(b"1")
+            self.data = np.full((40, 32, 32, 3), len(unpacked.read_bytes()), np.uint8)
     monkeypatch.setattr(utils.torchvision.datasets, "CIFAR10", Stub)
     (tmp_path / "backup.tar.gz").write_text("mine")
-    assert data.load("cifar10", tmp_path).shape == (3, 32, 32)
-    assert [path.name for path in tmp_path.iterdir()] == ["backup.tar.gz"]
+    for times, unpacked in enumerate((None, b"12"), 1):
+        if unpacked:  # a file that changes is read anew
+            (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(unpacked)
+        for _ in range(2):  # the second time from the cache
+            read = data.load("cifar10", tmp_path)
+            assert read.shape == (3, 32, 32) and read.classes == ["a", "b"] and Stub.made == times
+            assert (pixels(read.train) == times).all()
+            assert {path.name for path in tmp_path.iterdir()} == {"backup.tar.gz", "cifar-10-batches-py",
+                                                                  "cache"}
 
 
 def test_grey_files_of_any_kind_are_one_channel(tmp_path):
@@ -923,9 +942,22 @@ def test_muon_is_that_of_torch_for_matrices_and_adamw_for_the_rest():
         assert moved > 0.02 and (a.flatten() - b.flatten()).abs().max() < 0.1 * moved
 
 
+def test_adamw_is_torchs():
+    ours, theirs = (torch.nn.Parameter(double(5, 3)) for _ in range(2))
+    options = {"lr": 0.05, "weight_decay": 0.1, "fused": True}
+    optimizers = utils.AdamW([ours], **options), torch.optim.AdamW([theirs], **options)
+    for step in range(5):
+        for parameter, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            (parameter * double(5, 3, seed=step)).sum().backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(ours, theirs) and not torch.equal(ours, double(5, 3))
+
+
 def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
-    seen, adamw = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: seen.append(options)
+    seen, adamw = [], utils.AdamW
+    monkeypatch.setattr(train, "AdamW", lambda *args, **options: seen.append(options)
                         or adamw(*args, **options))
     fit(folder, "--lr=0.003", "--weight_decay=0.25", epochs=1)
     assert seen[0]["lr"] == 0.003 and seen[0]["weight_decay"] == 0.25
@@ -936,13 +968,13 @@ def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
 
 
 def test_the_schedule_reaches_the_optimiser_and_the_log(folder, workplace, monkeypatch):
-    rates, adamw = [], torch.optim.AdamW
+    rates = []
 
-    class Seen(adamw):
+    class Seen(utils.AdamW):
         def step(self):
             rates.append(self.param_groups[0]["lr"])
             super().step()
-    monkeypatch.setattr(torch.optim, "AdamW", Seen)
+    monkeypatch.setattr(train, "AdamW", Seen)
     rows, _ = fit(folder, "--lr_schedule=cosine", "--lr=0.01")
     expected = [0.005 * (1 + math.cos(math.pi * step / len(rates))) for step in range(len(rates))]
     assert len(rates) == 20 and rates == pytest.approx(expected)
@@ -1887,6 +1919,15 @@ def test_a_writer_that_fails_to_open_does_not_end_the_run(folder, workplace, cap
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", fails)
     fit(folder, epochs=1)
     assert capsys.readouterr().err.count("No space left") == 1
+
+
+def test_training_does_not_wait_for_imports_that_nobody_needs(folder, workplace):
+    argv = ["--dataset", str(folder), "--model", "mlp", "--epochs", "1", "--log_dir", "run"]
+    script = f"import sys, train; train.main({argv}); print([name in sys.modules for name in " \
+        "('train', 'torchvision', 'torch._dynamo', 'matplotlib.pyplot')])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.stdout.endswith("[True, False, False, False]\n"), done.stderr
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import gc
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed as dist
+from torch.nn.functional import pad
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ def moments(batches, size, total=lambda sums: sums):
     """
     sums = torch.zeros(size + 1, size + 1, dtype=torch.float64)
     for batch in batches:  # the second moments of (x, 1): those of x, their sum and how many they are
-        batch = torch.nn.functional.pad(batch, (0, 1), value=1.0)
+        batch = pad(batch, (0, 1), value=1.0)
         batch = (batch.cpu() if batch.device.type == "mps" else batch).double()
         sums = sums.to(batch.device) + batch.T @ batch
     sums = total(sums.cpu())  # a process without a batch knows no other device
@@ -377,7 +379,17 @@ def orthogonalize(matrices):
     return x.mT if tall else x
 
 
-class Muon(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's, its methods without what keeps them apart from torch.compile, which they would import: a
+    second, for a compiler that never sees them.
+    """
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group, zero_grad, state_dict, load_state_dict = map(inspect.unwrap, (
+        torch.optim.AdamW.add_param_group, torch.optim.AdamW.zero_grad,
+        torch.optim.AdamW.state_dict, torch.optim.AdamW.load_state_dict))
+
+
+class Muon(AdamW):
     """Muon (Jordan et al. 2024) for matrices, also embeddings and, as [outputs, inputs · 9], convolutions,
     and AdamW for vectors. A matrix's step is its momentum, orthogonalised and made as long as AdamW's, so
     that one learning rate and weight decay fit both (Liu et al. 2025).
@@ -425,7 +437,7 @@ def visualize_manifold(decoder, grid_size=20):
     z = torch.distributions.Normal(0.0, 1.0).icdf(percentiles)
     z2, z1 = torch.meshgrid(z.flip(0), z, indexing="ij")
     images = decoder(torch.stack([z1, z2], dim=-1).view(-1, 2))
-    return _torchvision().utils.make_grid(images, nrow=grid_size, padding=0)
+    return image_grid(images, grid_size, line=0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -512,9 +524,16 @@ def interleave(above, below, nrow):
     return torch.cat([part for pair in rows for part in pair])
 
 
-def image_grid(images, nrow):
-    """Images [N, C, H, W] in [0, 1] → one image of them [3, H', W'], nrow images a row, a line between."""
-    return _torchvision().utils.make_grid(images.float().cpu(), nrow=nrow, padding=1, pad_value=LINES)
+def image_grid(images, nrow, line=1):
+    """Images [N, C, H, W] in [0, 1] → one image of them [3, H', W'], nrow images a row, lines of that width
+    around them. (torchvision's make_grid would make every command wait a second for the import.)
+    """
+    images, nrow = images.float().cpu(), min(nrow, len(images))
+    empty = images.new_full((-len(images) % nrow, *images.shape[1:]), LINES)
+    tiles = pad(torch.cat([images, empty]), (line, 0, line, 0), value=LINES)
+    _, channels, height, width = tiles.shape
+    grid = tiles.view(-1, nrow, channels, height, width).permute(2, 0, 3, 1, 4)
+    return pad(grid.reshape(channels, -1, nrow * width), (0, line, 0, line), value=LINES).expand(3, -1, -1)
 
 
 def save_grid(path, caption, images, nrow):
