@@ -162,7 +162,7 @@ def quantize(images, levels):
 
 def binarize(images, *key):
     """uint8 intensities 0 … 255, [N, C, H, W] → 0 or 1, drawn with probability x / 255 from the stream of
-    that key (Salakhutdinov & Murray 2008).
+    that key (Salakhutdinov & Murray 2008). On a CPU they take the place of the intensities.
 
     On a CPU torch.bernoulli would take twenty times as long. Two uniform bytes as one 16-bit word are
     compared with 257 x, which is x / 255 in units of 2⁻¹⁶ but for one unit at most; black never turns white,
@@ -171,18 +171,21 @@ def binarize(images, *key):
     if images.device.type == "cuda":
         return torch.bernoulli(images / 255, generator=stream(*key, device=images.device)).byte()
     generator = np.random.SFC64(stream_seed(*key))  # the fastest there is
-    pixels = images.cpu().numpy().reshape(len(images), -1)
-    levels, size = np.empty(pixels.shape, bool), pixels.shape[1]
+    levels = images.cpu()
+    pixels = levels.view(len(levels), -1).numpy()
+    size = pixels.shape[1]
     step = max(1, 2**17 // size)  # as many images as stay in the cache
+    carries = np.empty((step, size), bool)
     for first in range(0, len(pixels), step):
-        part, ones = pixels[first:first + step], levels[first:first + step]
+        part = pixels[first:first + step]
+        carry = carries[:len(part)]
         drawn = generator.random_raw((len(part) + 1) * size // 8 + 1).view(np.uint8)
         high, low = drawn[:part.size].reshape(part.shape), drawn[part.size:part.size + size]
         # the word is below 257 part where high < part, or high == part and low < part, which is then high
-        np.less(np.minimum(low, 254), high, out=ones)  # white is above any word
-        high -= ones.view(np.uint8)
-        np.less(high, part, out=ones)
-    return torch.from_numpy(levels.view(np.uint8)).view(images.shape).to(images.device)
+        np.less(np.minimum(low, 254), high, out=carry)  # white is above any word
+        high -= carry.view(np.uint8)
+        np.less(high, part, out=part.view(bool))
+    return levels.to(images.device)
 
 
 def warp(images, generator, n, part=slice(None)):
