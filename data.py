@@ -156,8 +156,10 @@ def fixed_draw(split, name):
 # Pixels
 
 def quantize(images, levels):
-    """uint8 intensities 0 … 255 → levels: as stored (256), the upper 4 bits (16), 1 where x > 0.5 (2)."""
-    return images if levels == 256 else images >> {16: 4, 2: 7}[levels]
+    """uint8 intensities 0 … 255 → levels, which take their place: as stored (256), the upper 4 bits (16), 1
+    where x > 0.5 (2).
+    """
+    return images if levels == 256 else images.bitwise_right_shift_({16: 4, 2: 7}[levels])
 
 
 def binarize(images, *key):
