@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import NAMED, load, quantize
 from model import NETWORKS
-from utils import ArgumentParser, UserError, call, multiply_in_tf32, normal, number
+from utils import ArgumentParser, UserError, call, keep_memory, multiply_in_tf32, normal, number
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = {"model": "model", "batch_size": "batch", "images_per_second": "images/s",
@@ -53,6 +53,7 @@ def parse_args(argv=None):
 
 def measure(argv, images, repeats, baseline):
     """A row of the table, in a process of its own, whose peak memory is then that of this row."""
+    keep_memory()  # as train.py does
     args, _ = train.parse_args(argv)
     args.epochs = 1 + repeats  # --warp is for a share of them
     device = torch.device(args.device)

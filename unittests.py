@@ -188,11 +188,13 @@ def test_manifold_is_decoded_at_the_percentiles():
     utils.visualize_manifold(lambda z: torch.zeros(len(z), 3, 4, 4))
 
 
-@pytest.mark.parametrize("n,channels,line", [(2, 1, 1), (4, 3, 1), (6, 1, 0)])
+@pytest.mark.parametrize("n,channels,line", [(2, 1, 1), (4, 3, 1), (5, 3, 2), (7, 1, 0)])
 def test_a_grid_is_torchvisions(n, channels, line):
     images = torch.rand(n, channels, 3, 4)
-    theirs = utils.torchvision.utils.make_grid(images, nrow=2, padding=line, pad_value=utils.LINES)
-    assert torch.equal(utils.image_grid(images, 2, line), theirs)
+    theirs = utils.torchvision.utils.make_grid(images, nrow=3, padding=line, pad_value=utils.LINES)
+    ours = utils.image_grid(images, 3, line)
+    assert torch.equal(ours, theirs) and torch.equal(ours.mul_(2), theirs * 2)  # memory of its own
+    assert utils.image_grid(images[:1], 3, line).shape == (3, 3 + 2 * line, 4 + 2 * line)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 6])
