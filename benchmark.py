@@ -1,6 +1,7 @@
 """How fast training is, and how far from the limit of this machine: python benchmark.py --help"""
 
 import copy
+import functools
 import json
 import multiprocessing
 import subprocess
@@ -96,15 +97,14 @@ def measure(argv, images, repeats, baseline):
     epoch()
     row = {"model": args.model, "batch_size": args.batch_size, "peak_rss_mb": peak_rss(),
            "startup_seconds": None}
-    if baseline:
-        plain, _ = train.build_both(args, data.about())
-        loader, adam = plain_loader(args, True, n), torch.optim.Adam(plain.parameters(), args.lr)
-        plain_epoch(plain, loader, args, adam)
     passes = []
-    for _ in range(repeats):
-        passes.append(epoch())
+    with fresh_process() as other:
         if baseline:
-            passes[-1] += (seconds(lambda: plain_epoch(plain, loader, args, adam), device),)
+            other.submit(plain_seconds, argv, n).result()
+        for _ in range(repeats):
+            passes.append(epoch())
+            if baseline:
+                passes[-1] += (other.submit(plain_seconds, argv, n).result(),)
     ours, floor, *others = zip(*passes)
     row |= {"images_per_second": n / median(ours), "floor_images_per_second": n / median(floor),
             "floor_ratio": median(b / a for a, b in zip(ours, floor)),
@@ -113,6 +113,10 @@ def measure(argv, images, repeats, baseline):
     if baseline:
         row["speedup"] = median(b / a for a, b in zip(ours, *others))
     return row
+
+
+def fresh_process():
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 def matrix_rate(precision, device):
@@ -148,16 +152,30 @@ def peak_rss():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The plain way, as in the VAE of pytorch/examples: an image at a time, fp32, a number fetched each step
+# The plain way, as in the VAE of pytorch/examples: an image at a time, fp32, a number fetched each step, in a
+# process of its own, whose memory is not kept
 
-def plain_loader(args, is_train, limit=None):
+@functools.cache
+def plain_parts(*argv, limit=None):
+    """→ a model, its optimiser, batches of training images and of test images, train.py's arguments; once."""
     from utils import torchvision
+    args, _ = train.parse_args(argv)
     if args.dataset not in NAMED:
         raise UserError(f"--baseline: goes with a dataset of torchvision ({', '.join(NAMED)})")
-    images = getattr(torchvision.datasets, NAMED[args.dataset][0])(
-        args.data_dir, is_train, transform=torchvision.transforms.ToTensor())
+    images, tests = (getattr(torchvision.datasets, NAMED[args.dataset][0])(
+        args.data_dir, is_train, transform=torchvision.transforms.ToTensor()) for is_train in (True, False))
     more = {"num_workers": 1, "pin_memory": True} if args.device != "cpu" else {}
-    return DataLoader(Subset(images, range(limit or len(images))), args.batch_size, shuffle=is_train, **more)
+    loader = DataLoader(Subset(images, range(limit or len(images))), args.batch_size, shuffle=True, **more)
+    about = {"shape": images[0][0].shape, "levels": args.levels, "classes": images.classes}
+    model = train.build_both(args, about)[0]
+    return (model, torch.optim.Adam(model.parameters(), args.lr), loader,
+            DataLoader(tests, args.batch_size, **more), args)
+
+
+def plain_seconds(argv, limit):
+    """Of another training epoch of the plain way."""
+    model, optimizer, loader, _, args = plain_parts(*argv, limit=limit)
+    return seconds(lambda: plain_epoch(model, loader, args, optimizer), torch.device(args.device))
 
 
 def plain_epoch(model, loader, args, optimizer=None):
@@ -180,10 +198,7 @@ def plain_epoch(model, loader, args, optimizer=None):
 def plain_run(argv, epochs):
     """Train, test, and draw after each epoch."""
     from utils import torchvision
-    args, _ = train.parse_args(argv)
-    model = train.build_both(args, {"shape": (1, 28, 28), "levels": args.levels, "classes": []})[0]
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)
-    loader, tests = plain_loader(args, True), plain_loader(args, False)
+    model, optimizer, loader, tests, args = plain_parts(*argv)
     for epoch in range(epochs):
         plain_epoch(model, loader, args, optimizer)
         with torch.no_grad():
@@ -248,7 +263,7 @@ def main(argv=None):
         for batch_size in args.batch_size:
             options = [*rest, "--model", model, "--batch_size", str(batch_size)]
             settings, _ = train.parse_args(options)
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            with fresh_process() as fresh:
                 rows.append(fresh.submit(measure, options, args.images, args.repeats, args.baseline).result())
             rows[-1]["startup_seconds"] = median(startup(options) for _ in range(min(args.repeats, 3)))
     if args.json:

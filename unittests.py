@@ -2300,16 +2300,13 @@ def test_the_plain_way_of_the_benchmark_trains_the_same_network(workplace):
     write_idx(workplace / "data", (640, 50))
     argv = ["--dataset=mnist", "--levels=2", "--model=mlp", "--hidden_dims=16", "--latent_size=4",
             "--lr=0.01"]
-    args, _ = train.parse_args(argv)
     torch.manual_seed(0)
-    net, _ = train.build_both(args, data.load("mnist", levels=2).about())
-    images = benchmark.plain_loader(args, True, 128)
-    adam = torch.optim.Adam(net.parameters(), 0.01)
+    net, adam, images, tests, args = benchmark.plain_parts(*argv, limit=128)
     first, *_, last = [benchmark.plain_epoch(net, images, args, adam) for _ in range(20)]
-    assert len(images.dataset) == 128 and last < 0.95 * first
-    args.dataset = "glyphs"
+    assert (len(images.dataset), len(tests.dataset)) == (128, 50) and last < 0.95 * first
+    assert net.shape == (1, 28, 28) and benchmark.plain_seconds(argv, 128) > 0
     with pytest.raises(utils.UserError, match="goes with a dataset of torchvision"):
-        benchmark.plain_loader(args, True)
+        benchmark.plain_parts("--dataset=glyphs")
 
 
 # ------------------------------------------------------------------------------------------------------------
