@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import runpy
@@ -1930,6 +1931,21 @@ def test_training_does_not_wait_for_imports_that_nobody_needs(folder, workplace)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(HERE)})
     assert done.stdout.endswith("[True, False, False, False]\n"), done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc")
+def test_scripts_keep_the_memory_that_a_step_frees():
+    script = """
+import resource, torch, utils
+def work():
+    for _ in range(5):
+        blocks = [torch.zeros(2**20) for _ in range(20)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+utils.call(lambda: print(-work() + work()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE)
+    assert int(done.stdout) < 5000, done.stderr  # of 100,000 pages
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(folder, tmp_path, monkeypatch):

@@ -164,7 +164,7 @@ def say(text):
 
 def keep_memory():
     """Have glibc keep the memory that a step frees for the next one. It would return it to the system, and
-    every page of it would cost a fault: a tenth of a step's time, of a small model's a quarter.
+    every page of it would cost a fault: a tenth of a step's time, of a small model's a fifth.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another system, another allocator
         libc = ctypes.CDLL(None)
@@ -392,8 +392,8 @@ def orthogonalize(matrices):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, its methods without what keeps them apart from torch.compile, which they would import: a
-    second, for a compiler that never sees them.
+    """torch's, its methods without what keeps them apart from torch.compile, which they would import: most
+    of a second, for a compiler that never sees them.
     """
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     add_param_group, zero_grad, state_dict, load_state_dict = map(inspect.unwrap, (
@@ -538,7 +538,7 @@ def interleave(above, below, nrow):
 
 def image_grid(images, nrow, line=1):
     """Images [N, C, H, W] in [0, 1] → one image of them [3, H', W'], nrow images a row, lines of that width
-    around them. (torchvision's make_grid would make every command wait a second for the import.)
+    around them. (torchvision's make_grid would make each command wait longer, for the import.)
     """
     images, nrow = images.float().cpu(), min(nrow, len(images))
     empty = images.new_full((-len(images) % nrow, *images.shape[1:]), LINES)
