@@ -340,17 +340,21 @@ def read_folder(root, data_dir, image_size, transform, progress_bar):
     """
     if not root.is_dir():
         raise UserError(f"{root} is neither one of {', '.join(DATASETS)} nor a folder of images")
-    parts, splits = [list_images(root), ([], [])], {"train", "val", "valid", "validation", "test"}
-    if {"train", "test"} <= set(parts[0][1]) | {name for name in ("train", "test") if (root / name).is_dir()}:
-        left_out = [name for name in parts[0][1] if name not in ("train", "test")]
-        parts = [list_images(root / "train"), list_images(root / "test")]
+    parts = [list_images(root), ([], [])]
+    splits = {"train", "training", "val", "valid", "validation", "test", "testing"}
+    names = {name.lower() for name in parts[0][1]}
+    named = {folder.name.lower(): folder for folder in sorted(root.iterdir()) if folder.is_dir()}
+    train, test = (named.get(name, named.get(f"{name}ing")) for name in ("train", "test"))
+    if train and test:
+        both = f"{printable(train.name)}/ and {printable(test.name)}/"
+        left_out = [name for name in parts[0][1] if name not in (train.name, test.name)]
+        parts = [list_images(train), list_images(test)]
         if parts[0][1] != parts[1][1]:
-            raise UserError(f"{printable(root)}: train/ and test/ have different classes "
+            raise UserError(f"{printable(root)}: {both} have different classes "
                             f"({', '.join(parts[0][1]) or 'none'}; {', '.join(parts[1][1]) or 'none'})")
         if left_out:
-            print(f"{printable(root)}: beside train/ and test/, {', '.join(left_out)} is left out",
-                  file=sys.stderr)
-    elif "train" in parts[0][1] and set(parts[0][1]) <= splits:
+            print(f"{printable(root)}: beside {both}, {', '.join(left_out)} is left out", file=sys.stderr)
+    elif names & {"train", "training"} and names <= splits:
         raise UserError(f"{printable(root)} has {'/, '.join(parts[0][1])}/, which look like splits, but no "
                         "test/; give one of them a new name, or name the folder train/ itself as the dataset")
     classes, n_train = parts[0][1], len(parts[0][0])
@@ -373,14 +377,20 @@ def list_images(root):
     """→ [(path, label)], class names. A subfolder is a class; without any, the files of the folder itself
     count. Hidden files and folders are no images and no classes.
     """
+    def visible(name):
+        return not name.startswith(".") and name != "__MACOSX"
+
     def is_image(name):
-        return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+        return Path(name).suffix.lower() in SUFFIXES and visible(name)
 
     def inside(folder):
-        return sorted(Path(where) / name for where, _, names in os.walk(folder) for name in names
-                      if is_image(name))
+        files = []
+        for where, folders, names in os.walk(folder):
+            folders[:] = filter(visible, folders)  # the walk goes into no others
+            files += [Path(where) / name for name in names if is_image(name)]
+        return sorted(files)
     folders = {printable(folder.name): inside(folder) for folder in sorted(root.iterdir())
-               if folder.is_dir() and not folder.name.startswith(".") and folder.name != "__MACOSX"
+               if folder.is_dir() and visible(folder.name)
                and not root.resolve().is_relative_to(folder.resolve())}  # a link that leads back
     folders = {name: files for name, files in folders.items() if files}
     flat = sorted(path for path in root.iterdir() if is_image(path.name) and not path.is_dir())

@@ -80,7 +80,8 @@ def parse_args(argv=None):
     objective.add_argument("--target_beta_val", type=number(float, 0), default=1.0, metavar="BETA",
                            help=f"weight of the KL {default}")
     objective.add_argument("--beta_mode", choices=("constant", "linear", "cyclical"), default="constant",
-                           help=f"how beta goes to its target over the epochs {default}")
+                           help="how beta goes to its target over the epochs; linear: 0 in the first, then "
+                                f"BETA / epochs more in each {default}")
     objective.add_argument("--free_bits", type=number(float, 0), default=0.0, metavar="NATS",
                            help=f"an image's KL in a latent dimension counts as at least this {default}")
     objective.add_argument("--iw_train", type=number(int, 0), default=0, metavar="K",
@@ -447,8 +448,8 @@ def begin(args, data, resumed):
 
 def scheduled(args):
     """The arguments for which the number of epochs cannot change any more."""
-    return [f"--{name}" for name in ("beta_mode", "lr_schedule", "warp")
-            if vars(args)[name] not in ("constant", 0)]
+    names = ["beta_mode"] * (args.loss_mode == "vae") + ["lr_schedule", "warp"]
+    return [f"--{name}" for name in names if vars(args)[name] not in ("constant", 0)]
 
 
 def lost(args, state, checkpoints):

@@ -681,6 +681,8 @@ def test_a_folder_of_classes_keeps_its_labels(tmp_path):
     stored = {}
     for i in range(30):
         stored[picture(tmp_path / "in" / "abc"[i % 3] / f"{i}.png", seed=i).tobytes()] = i % 3
+    picture(tmp_path / "in" / "a" / ".thumbnails" / "0.png", seed=30)  # what is hidden is no image
+    picture(tmp_path / "in" / "a" / "__MACOSX" / "0.png", seed=31)
     read = data.load(str(tmp_path / "in"), tmp_path)
     assert read.classes == ["a", "b", "c"] and read.shape == (1, 8, 10)
     assert [len(s) for s in (read.train, read.val, read.test)] == [24, 3, 3]
@@ -689,11 +691,12 @@ def test_a_folder_of_classes_keeps_its_labels(tmp_path):
     assert dict(found) == stored and len(found) == 30
 
 
-def test_a_flat_folder_and_one_with_train_and_test(tmp_path):
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "Testing")])
+def test_a_flat_folder_and_one_with_train_and_test(tmp_path, names):
     for i in range(20):
         picture(tmp_path / "flat" / f"{i}.jpg", mode="RGB", seed=i)
-        picture(tmp_path / "two" / "train" / f"{i}.png", seed=i)
-    test = picture(tmp_path / "two" / "test" / "x.png", seed=99)
+        picture(tmp_path / "two" / names[0] / f"{i}.png", seed=i)
+    test = picture(tmp_path / "two" / names[1] / "x.png", seed=99)
     flat, two = data.load(str(tmp_path / "flat"), tmp_path), data.load(str(tmp_path / "two"), tmp_path)
     assert flat.classes == [] and flat.shape == (3, 8, 10) and len(flat.test) == 2
     assert [len(s) for s in (two.train, two.val, two.test)] == [18, 2, 1]
@@ -1886,6 +1889,8 @@ def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
     fit(folder, "--lr_schedule=cosine")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
     assert status == 2 and "--lr_schedule" in error
+    assert fit(folder, "--loss_mode=ae", "--beta_mode=linear")  # which has no beta
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
 
 
 def test_a_run_that_appeared_in_the_meantime_is_not_replaced(folder, workplace, monkeypatch, capsys):
