@@ -1889,8 +1889,9 @@ def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
     fit(folder, "--lr_schedule=cosine")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
     assert status == 2 and "--lr_schedule" in error
-    assert fit(folder, "--loss_mode=ae", "--beta_mode=linear")  # which has no beta
+    fit(folder, "--loss_mode=ae", "--beta_mode=linear")  # an AE has no beta
     train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
+    assert len(Path("results/run/metrics.csv").read_text().splitlines()) == 1 + 3
 
 
 def test_a_run_that_appeared_in_the_meantime_is_not_replaced(folder, workplace, monkeypatch, capsys):
