@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import NAMED, load, quantize
 from model import NETWORKS
-from utils import ArgumentParser, UserError, call, keep_memory, multiply_in_tf32, normal, number
+from utils import ArgumentParser, UserError, call, keep_memory, normal, number
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = {"model": "model", "batch_size": "batch", "images_per_second": "images/s",
@@ -160,8 +160,8 @@ def plain_parts(*argv, limit=None):
     """→ a model, its optimiser, batches of training images and of test images, train.py's arguments; once."""
     from utils import torchvision
     args, _ = train.parse_args(argv)
-    if args.dataset not in NAMED:
-        raise UserError(f"--baseline: goes with a dataset of torchvision ({', '.join(NAMED)})")
+    if args.dataset not in NAMED or args.image_size or args.transform != "none":
+        raise UserError(f"--baseline: goes with a dataset of torchvision ({', '.join(NAMED)}) as it is")
     images, tests = (getattr(torchvision.datasets, NAMED[args.dataset][0])(
         args.data_dir, is_train, transform=torchvision.transforms.ToTensor()) for is_train in (True, False))
     more = {"num_workers": 1, "pin_memory": True} if args.device != "cpu" else {}
@@ -181,7 +181,6 @@ def plain_seconds(argv, limit):
 def plain_epoch(model, loader, args, optimizer=None):
     """One pass, in training where there is an optimiser → the mean loss."""
     total = 0.0
-    multiply_in_tf32(False)
     for images, labels in loader:
         images = quantize((images.to(args.device) * 255).byte(), args.levels)
         noise = torch.randn(train.noise_shape(len(images), args), device=args.device)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import UserError, one_line, stream, stream_seed
+from utils import UserError, one_line, stream, stream_seed, upload
 
 NAMED = {  # name → (class in torchvision.datasets, where its archives can be put by hand, its unpacked files)
     "mnist": ("MNIST", "MNIST/raw", "MNIST/raw/*-ubyte"),
@@ -57,14 +57,15 @@ class Split:
         key: the stream of random numbers (see utils.stream) for stochastic binarisation; unused without it
         part: which of them to take; random numbers are drawn for all
         """
-        index = index.to(self.rows.device)
-        rows = self.rows.index_select(0, index if self.stochastic else index[part])  # faster than rows[…]
-        images = self.stored.index_select(0, rows).to(self.labels.device, non_blocking=True)
+        taken, device = index[part], self.labels.device
+        rows = upload(index if self.stochastic else taken, self.rows.device)
+        rows = self.rows.index_select(0, rows)  # faster than rows[…]
+        images = upload(self.stored.index_select(0, rows), device)
         if self.stochastic:
-            images = binarize(images, *key)[part]
+            images = binarize(images, *key)[upload(part, device)]
         else:
             images = quantize(images, self.levels)
-        return images, self.labels.index_select(0, index[part].to(self.labels.device))
+        return images, self.labels.index_select(0, upload(taken, device))
 
 
 @dataclass
@@ -197,7 +198,7 @@ def warp(images, generator, n, part=slice(None)):
 
     part: which of n images these are; random numbers are drawn for all
     """
-    slopes, bends = torch.randn(2, n, 2, generator=generator)[:, part].to(images.device)
+    slopes, bends = upload(torch.randn(2, n, 2, generator=generator)[:, part], images.device)
     for axis, reach in enumerate((0.06, 0.04)):  # of a side, at the border
         t = torch.linspace(-1, 1, images.shape[2], device=images.device)
         side, slope, bend = images.shape[3], slopes[:, axis, None], bends[:, axis, None]

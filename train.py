@@ -26,7 +26,7 @@ from utils import (LOCAL_RANK, RANK, WORLD, AdamW, ArgumentParser, Muon, RunLog,
                    active_units, all_finite, beta_schedule, call, default_device, default_precision,
                    device_type, interleave, load_checkpoint, locked, lr_schedule, multiply_in_tf32, normal,
                    number, one_line, own_device, processes, run_name, save_checkpoint, save_grid, say, share,
-                   shared, stream, stream_seed, total, write_csv, write_json)
+                   shared, stream, stream_seed, total, upload, write_csv, write_json)
 
 WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
 
@@ -323,13 +323,15 @@ def batches(split, order, args, *key, first=0):
         images, labels = split.batch(chunk, args.seed, "binarize", *key, which, part=part)
         if args.flip and key[0] == "train":
             mirrored = torch.rand(len(chunk), generator=stream(args.seed, "flip", *key, which)) < 0.5
-            images = torch.where(mirrored[part].to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
+            mirrored = upload(mirrored[part], images.device).view(-1, 1, 1, 1)
+            images = torch.where(mirrored, images.flip(-1), images)
         if key[0] == "train" and key[1] < args.warp * args.epochs:
             images = warp(images, stream(args.seed, "warp", *key, which), len(chunk), part)
         noise = [None] * len(left)
         if args.loss_mode == "vae":
             shape = noise_shape(len(chunk), args)
-            noise = normal(shape, args.device, args.seed, "noise", *key, which)[part].split(sizes)
+            noise = normal(shape, args.device, args.seed, "noise", *key, which)
+            noise = noise[upload(part, args.device)].split(sizes)
         counts = [count for _, count in parts]
         yield from zip(images.split(sizes), labels.split(sizes), noise, counts, map(len, left))
 
@@ -512,8 +514,9 @@ class Keeper:
         if due or (received and unfinished):
             self.save("last.pt")
         if received:
+            start = f"torchrun --standalone --nproc_per_node {WORLD}" if WORLD > 1 else "python"
             say(f"stopped after step {self.state['step']:,}; to go on:\n"
-                f"python train.py --resume {shlex.quote((self.folder / 'last.pt').as_posix())}")
+                f"{start} train.py --resume {shlex.quote((self.folder / 'last.pt').as_posix())}")
             sys.exit(128 + int(received))
 
 
@@ -538,19 +541,24 @@ def prepared(model, data, args):
             model.zero_grad()
         return model
 
+    if args.compile:
+        torch.compiler.reset()  # of an earlier seed
+        error = None
+        try:  # dynamic shapes would make a step's code depend on which batches came before
+            compiled = rehearse(torch.compile(model, dynamic=False))
+        except Exception as raised:  # a missing compiler may raise anything
+            error = raised
+        if total(torch.tensor(float(error is not None))):  # all processes compile, or none does
+            if RANK == 0:
+                print(f"--compile: no compiler works here ({one_line(error or 'in another process')}); the "
+                      "run goes on without", file=sys.stderr)
+        else:
+            model = compiled
     if WORLD > 1:
         with warnings.catch_warnings():  # torch 2.13 has a new name for broadcast_buffers that 2.11 lacks
             warnings.simplefilter("ignore", FutureWarning)
             model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         rehearse(model)
-    if args.compile:
-        torch.compiler.reset()  # of an earlier seed
-        try:  # dynamic shapes would make a step's code depend on which batches came before
-            return rehearse(torch.compile(model, dynamic=False))
-        except Exception as error:  # a missing compiler may raise anything
-            if RANK == 0:
-                print(f"--compile: no compiler works here ({one_line(error)}); the run goes on without",
-                      file=sys.stderr)
     return model
 
 
@@ -562,6 +570,8 @@ def check(args, data, resumed):
     if min(data.shape[1:]) < 8:
         raise UserError(f"{args.dataset}: images of {data.shape[1]}x{data.shape[2]} pixels are too small, "
                         "8x8 is the least; --image_size enlarges them")
+    if shared(data.about) != data.about():
+        raise UserError(f"{args.dataset} is not the same on all machines: {data.about()} on this one")
     if resumed and data.about() != resumed["data"]:
         raise UserError(f"{args.dataset} has changed since the run began (it was {resumed['data']}, and is "
                         f"{data.about()}); bring it back, or train anew")

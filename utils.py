@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 from torch.nn.functional import pad
+from torch.optim.adamw import adamw
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def default_device():
 def default_precision(device):
     """bf16 where the hardware multiplies in it (AVX512-BF16, AMX; Ampere or newer), elsewhere fp32."""
     if torch.device(device).type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         native = device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in
                                          ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
@@ -283,6 +284,13 @@ def shared(make):
     return values[0]
 
 
+def upload(values, device):
+    """A tensor on a device; a GPU that is still busy is not waited for. A slice is good for any device."""
+    if isinstance(values, slice):
+        return values
+    return values.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def multiply_in_tf32(yes):
     """Whether CUDA may round the factors of fp32 products to 10 bits: in training, never in evaluation."""
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = \
@@ -392,13 +400,32 @@ def orthogonalize(matrices):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, its methods without what keeps them apart from torch.compile, which they would import: most
-    of a second, for a compiler that never sees them.
+    """torch's, for one group of parameters. Without what torch's does at each step for other uses, a small
+    model's step is a thirtieth shorter; without what keeps it apart from torch.compile, a start most of a
+    second, since that is not imported.
     """
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    add_param_group, zero_grad, state_dict, load_state_dict = map(inspect.unwrap, (
-        torch.optim.AdamW.add_param_group, torch.optim.AdamW.zero_grad,
-        torch.optim.AdamW.state_dict, torch.optim.AdamW.load_state_dict))
+    add_param_group, state_dict, load_state_dict = map(inspect.unwrap, (
+        torch.optim.AdamW.add_param_group, torch.optim.AdamW.state_dict, torch.optim.AdamW.load_state_dict))
+
+    def zero_grad(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        options = self.param_groups[0]
+        parameters = [parameter for parameter in options["params"] if parameter.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device if options["fused"] else "cpu"),
+                    "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        states = [self.state[parameter] for parameter in parameters]
+        moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        adamw(parameters, [parameter.grad for parameter in parameters], *moments, [],
+              [state["step"] for state in states], fused=options["fused"], amsgrad=False, maximize=False,
+              beta1=options["betas"][0], beta2=options["betas"][1], lr=options["lr"],
+              weight_decay=options["weight_decay"], eps=options["eps"])
 
 
 class Muon(AdamW):
