@@ -167,7 +167,7 @@ def plain_parts(*argv, limit=None):
     more = {"num_workers": 1, "pin_memory": True} if args.device != "cpu" else {}
     loader = DataLoader(Subset(images, range(limit or len(images))), args.batch_size, shuffle=True, **more)
     about = {"shape": images[0][0].shape, "levels": args.levels, "classes": images.classes}
-    model = train.build_both(args, about)[0]
+    model = train.build_both(args, about)[0].to(memory_format=torch.contiguous_format)  # torch's default
     return (model, torch.optim.Adam(model.parameters(), args.lr), loader,
             DataLoader(tests, args.batch_size, **more), args)
 

@@ -2188,7 +2188,7 @@ def test_without_a_compiler_the_run_goes_on(folder, workplace, monkeypatch, caps
 
 
 WORKER = """
-import os, signal, sys
+import dataclasses, os, signal, sys
 from argparse import Namespace
 import torch
 sys.path.insert(0, {here!r})
@@ -2237,6 +2237,9 @@ def main():
             os.kill(os.getpid(), dict(stop=signal.SIGTERM, kill=signal.SIGKILL)[what])
         return add_up(sums, terms, n)
     train.add_up = interrupted
+    if what == "differ" and utils.RANK:
+        load = train.load
+        train.load = lambda *args, **options: dataclasses.replace(load(*args, **options), crc32=1)
     train.main(rest)
 
 if __name__ == "__main__":
@@ -2305,12 +2308,14 @@ def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder, ca
 
 def test_a_process_that_fails_ends_the_job_with_its_message(torchrun, folder):
     argv = [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=100", "--batch_size=32"]
-    with ThreadPoolExecutor(3) as together:
-        (failed, _, err), (killed, _, _), (wrong, _, usage) = together.map(
+    with ThreadPoolExecutor(4) as together:
+        (failed, _, err), (killed, _, _), (wrong, _, usage), (differs, _, said) = together.map(
             lambda words: torchrun(2, words[0], *argv, words[1]),
-            (("fail", "--log_dir=a"), ("kill", "--log_dir=b"), ("run", "--latent_size=0")))
+            (("fail", "--log_dir=a"), ("kill", "--log_dir=b"), ("run", "--latent_size=0"),
+             ("differ", "--log_dir=c")))
     assert failed and err.count("process 1 of 2: this one has failed") == 1 and "another process" not in err
     assert killed and wrong and usage.count("argument --latent_size") == 1
+    assert differs and said.count("is not the same on all machines") == 1
 
 
 def test_the_benchmark_prints_its_rows(workplace, capsys):
