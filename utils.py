@@ -313,7 +313,8 @@ def KLD(mean, log_std):
 
     mean, log_std: [..., D] → [...]
     """
-    return 0.5 * (mean ** 2 + torch.expm1(2 * log_std) - 2 * log_std).sum(-1)
+    log_var = 2 * log_std
+    return 0.5 * (mean * mean + torch.expm1(log_var) - log_var).sum(-1)
 
 
 def elbo_to_bpd(elbo, img_shape):
