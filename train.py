@@ -571,7 +571,7 @@ def check(args, data, resumed):
         raise UserError(f"{args.dataset}: images of {data.shape[1]}x{data.shape[2]} pixels are too small, "
                         "8x8 is the least; --image_size enlarges them")
     if shared(data.about) != data.about():
-        raise UserError(f"{args.dataset} is not the same on all machines: {data.about()} on this one")
+        raise UserError(f"{args.dataset} is not the same on all machines; copy the first one's to the others")
     if resumed and data.about() != resumed["data"]:
         raise UserError(f"{args.dataset} has changed since the run began (it was {resumed['data']}, and is "
                         f"{data.about()}); bring it back, or train anew")
