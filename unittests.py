@@ -4,6 +4,8 @@ data/MNIST is absent.
 """
 
 import csv
+import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -21,11 +23,13 @@ import time
 import zipfile
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 from torch import distributions as D
 
@@ -79,6 +83,18 @@ def workplace(tmp_path, monkeypatch):
     """An empty folder to run the scripts in."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def curves():
+    """For tests that look at curves.png."""
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Drawing curves.png takes half the time of a short run."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(utils, "draw_curves", lambda history, path: path.touch())
 
 
 def fit(folder, *flags, epochs=2):
@@ -328,7 +344,7 @@ def stir(net, scale):
             torch.nn.init.normal_(parameter, std=scale)
 
 
-@pytest.mark.parametrize("flow,most,n", [(0, 5000, 200), (1, 4000, 100)])
+@pytest.mark.parametrize("flow,most,n", [(0, 5000, 100), (1, 4000, 60)])
 def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(monkeypatch, flow, most, n):
     net, images = LinearGaussian(flow), levels_like((1, 8, 8), 256, n)
     split = data.Split(images, torch.arange(n), torch.zeros(n, dtype=torch.long), 256)
@@ -838,7 +854,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------
 # Whole runs
 
-def test_a_run_leaves_its_files(folder, workplace):
+def test_a_run_leaves_its_files(folder, workplace, curves):
     rows, test = fit(folder, "--levels=2", epochs=3)
     results = workplace / "results" / "run"
     assert [row["epoch"] for row in rows] == ["1", "2", "3"] and tuple(rows[0]) == utils.COLUMNS
@@ -856,7 +872,7 @@ def test_a_run_leaves_its_files(folder, workplace):
         assert float(row["val_bpd"]) == pytest.approx(float(row["val_loss"]) / LN2 / 784)
 
 
-def test_curves_are_drawn_while_training_runs_at_most_every_ten_seconds(folder, workplace, monkeypatch):
+def test_curves_are_drawn_in_training_at_most_every_ten_seconds(folder, workplace, curves, monkeypatch):
     now, drawn, draw = [0.0], [], utils.draw_curves
     monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(utils, "draw_curves", lambda history, path: drawn.append(len(history))
@@ -1134,11 +1150,12 @@ def test_annealing(folder, workplace):
                 float(row[f"{part}_rec"]) + 0.8 * float(row[f"{part}_kl"]))
 
 
-def test_an_ae_reports_what_it_has(folder, workplace, capsys):
+def test_an_ae_reports_what_it_has(folder, workplace, curves, capsys):
     rows, test = fit(folder, "--loss_mode=ae")
     assert all(row[name] == "" for row in rows for name in ("beta", "train_kl", "val_kl", "train_bpd",
                                                             "val_bpd"))
-    assert set(test) == {"epoch", "test_loss", "test_rec"} and " kl " not in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert set(test) == {"epoch", "test_loss", "test_rec"} and " kl " not in said.out and said.err == ""
     infer.main([])
     assert (workplace / "results" / "run" / "samples.png").exists()
 
@@ -1745,7 +1762,7 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
     "--model=resnet --loss_mode=ae --ema=0.99 --flip --optimizer=muon",
     "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01 --precision=bf16",
     "--model=cnn --levels=16 --precision=fp32 --iw_train=3",
-    "--model=cnn --compile --precision=bf16"])
+    "--model=mlp --compile --precision=bf16"])
 def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, workplace, monkeypatch, capsys):
     def argv(name):
         return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--num_filters=2", "--epochs=3",
@@ -1960,59 +1977,77 @@ utils.call(lambda: print(-work() + work()))
 
 def test_a_reader_that_goes_away_does_not_end_the_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    process = start("--dataset", folder, "--model", "mlp", "--hidden_dims", "8", "--epochs", "3", "--log_dir",
-                    "run")
+    argv = [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=3", "--log_dir=run"]
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *argv], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait() == 0 and process.stderr.read() == ""
     assert utils.load_checkpoint(tmp_path / "checkpoints/run/last.pt")["epoch"] == 3
 
 
-def start(*words, **options):
-    return subprocess.Popen([sys.executable, HERE / "train.py", *map(str, words)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            **options)
+@functools.cache
+def processes():
+    """Makes processes, by a server that imports torch once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["unittests", "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE))
+        forkserver.ensure_running()
+    return context
 
 
-def train_into(file, argv):
-    """train.py, what it says going into a file, and its errors into one beside it."""
-    for number, name in ((1, file), (2, f"{file}.err")):
+def begin(said, main, *argv, most=None):
+    """A process of one thread that runs main, its output going into the file `said` and its errors into one
+    beside it, for files of at most so many bytes.
+    """
+    process = processes().Process(target=run_quietly, args=(said, main, [str(word) for word in argv], most))
+    process.start()
+    return process
+
+
+def run_quietly(said, main, argv, most):
+    for number, name in ((1, said), (2, f"{said}.err")):
         with open(name, "w") as out:
             os.dup2(out.fileno(), number)
-    train.main(argv)
+    sys.argv = [f"{main.__module__}.py", *argv]
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that this one begins
+    if most:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    utils.call(lambda: main(argv))
+
+
+def wait_for(words, said, process):
+    while not (Path(said).exists() and words in Path(said).read_text()):
+        assert process.is_alive(), Path(f"{said}.err").read_text()
+        time.sleep(0.01)
+
+
+def ended(process, said):
+    """Waits for a process of `begin` → exit status, output, errors."""
+    process.join()
+    return process.exitcode, *(Path(f"{said}{end}").read_text() for end in ("", ".err"))
 
 
 def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many threads in all, or sums are rounded differently
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
-    argv = ["--dataset", folder, "--model", "mlp", "--hidden_dims", "128", "--levels", "2", "--binarize",
-            "stochastic", "--batch_size", "1", "--epochs", "8", "--save_every", "0.02"]
-    processes = multiprocessing.get_context("forkserver")  # which imports torch once for all of them
-    processes.set_forkserver_preload(["unittests", "torch._dynamo"])
-
-    def begin(file, *words):
-        process = processes.Process(target=train_into, args=(file, list(map(str, words))))
-        process.start()
-        return process
+    argv = ["--dataset", folder, "--model", "mlp", "--hidden_dims", "32", "--levels", "2", "--binarize",
+            "stochastic", "--batch_size", "1", "--epochs", "4", "--save_every", "0.02"]
 
     def to_its_end(name, *words):
-        process = begin(f"{name}.txt", *words)
-        process.join()
-        assert process.exitcode == 0 and Path(f"{name}.txt.err").read_text() == ""
+        assert ended(begin(f"{name}.txt", train.main, *words), f"{name}.txt")[::2] == (0, "")
 
     def killed_ten_times(name):
         moments, within, words = random.Random(name), 0, [*argv, "--log_dir", name]
         for turn in range(10):
             said = tmp_path / f"{name}_{turn}.txt"
-            process = begin(said, *words)
-            while not (said.exists() and "parameters" in said.read_text()):  # it trains from there on
-                assert process.is_alive(), said.read_text()
-                time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.4))
+            process = begin(said, train.main, *words)
+            wait_for("parameters", said, process)  # it trains from there on
+            time.sleep(moments.uniform(0, 0.2))
             process.kill()
-            process.join()
-            assert process.exitcode == -signal.SIGKILL, "the run is too short for so many kills"
+            assert ended(process, said)[0] == -signal.SIGKILL, "the run is too short for so many kills"
             last = tmp_path / "checkpoints" / name / "last.pt"
             words = ["--resume", last] if last.exists() else [*argv, "--log_dir", name, "--overwrite"]
             assert all(map(train.is_whole, last.parent.glob("*.pt")))
@@ -2029,13 +2064,12 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(folder, t
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    process = start("--dataset", folder, "--model", "mlp", "--hidden_dims", "8", "--epochs", "100000",
-                    "--log_dir", "a b")
-    assert "parameters" in process.stdout.readline()
-    process.stdout.readline()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 128 + number and err == ""
+    process = begin("said", train.main, f"--dataset={folder}", "--model=mlp", "--hidden_dims=8",
+                    "--epochs=100000", "--log_dir=a b")
+    wait_for("epoch ", "said", process)
+    os.kill(process.pid, number)
+    status, out, err = ended(process, "said")
+    assert status == 128 + number and err == ""
     assert out.endswith("\npython train.py --resume 'checkpoints/a b/last.pt'\n")
     assert train.is_whole(tmp_path / "checkpoints/a b/last.pt")
 
@@ -2057,24 +2091,25 @@ def test_two_processes_cannot_train_into_one_folder(folder, workplace, capsys):
                      ["--dataset", folder, "--log_dir", "run", "--overwrite"]):
             status, error = outcome(train.main, argv, capsys)
             assert status == 1 and f"process {os.getpid()} on" in error
-    dies = ("import os, signal, sys; from pathlib import Path; import utils\n"
-            "with utils.locked(Path('checkpoints/run')): os.kill(os.getpid(), signal.SIGKILL)")
-    dead = subprocess.run([sys.executable, "-c", dies], env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert dead.returncode == -signal.SIGKILL and "process" in Path("checkpoints/run/lock").read_text()
+    dead = ended(begin("said", dies_locked), "said")
+    assert dead[0] == -signal.SIGKILL and "process" in Path("checkpoints/run/lock").read_text()
     train.main(["--resume", "checkpoints/run/last.pt"])  # a dead process's lock is none
 
 
+def dies_locked(_):
+    with utils.locked(Path("checkpoints/run")):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(folder, tmp_path, monkeypatch):
-    resource = pytest.importorskip("resource")  # not on Windows
+    pytest.importorskip("resource")  # not on Windows
     monkeypatch.chdir(tmp_path)
     fit(folder, epochs=1)
     before = {path: path.read_bytes() for path in Path("checkpoints/run").glob("*.pt")}
     room = len(before[Path("checkpoints/run/last.pt")]) // 2
-    process = start("--resume", "checkpoints/run/last.pt", "--epochs", "2",
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
-    out, err = process.communicate()
-    assert process.returncode == 1 and re.fullmatch(r"train.py: File too large: "
-                                                    r"checkpoints/run/(best|last).pt\n", err)
+    status, _, err = ended(begin("said", train.main, "--resume", "checkpoints/run/last.pt", "--epochs", "2",
+                                 most=room), "said")
+    assert status == 1 and re.fullmatch(r"train.py: File too large: checkpoints/run/(best|last).pt\n", err)
     assert {path: path.read_bytes() for path in Path("checkpoints/run").glob("*.pt")} == before
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -2252,12 +2287,12 @@ def torchrun(tmp_path, monkeypatch):
     """Runs WORKER in n processes of one thread → exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "worker.py").write_text(WORKER.format(here=str(HERE)))
+    runs = itertools.count()
 
     def run(n, *words):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                               f"--nproc_per_node={n}", "worker.py", *map(str, words)], capture_output=True,
-                              text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return done.returncode, done.stdout, done.stderr
+        said = tmp_path / f"run_{next(runs)}.txt"
+        return ended(begin(said, torch.distributed.run.main, "--standalone", f"--nproc_per_node={n}",
+                           "worker.py", *words), said)
     return run
 
 
