@@ -2035,7 +2035,7 @@ def ended(process, said):
 def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--dataset", folder, "--model", "mlp", "--hidden_dims", "32", "--levels", "2", "--binarize",
-            "stochastic", "--batch_size", "1", "--epochs", "3", "--save_every", "0.02"]
+            "stochastic", "--batch_size", "1", "--epochs", "8", "--save_every", "0.02"]
 
     def to_its_end(name, *words):
         assert ended(begin(f"{name}.txt", train.main, *words), f"{name}.txt")[::2] == (0, "")
@@ -2046,7 +2046,7 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(folder, t
             said = tmp_path / f"{name}_{turn}.txt"
             process = begin(said, train.main, *words)
             wait_for("parameters", said, process)  # it trains from there on
-            time.sleep(moments.uniform(0, 0.15))
+            time.sleep(moments.uniform(0, 0.4))
             process.kill()
             assert ended(process, said)[0] == -signal.SIGKILL, "the run is too short for so many kills"
             last = tmp_path / "checkpoints" / name / "last.pt"
