@@ -676,7 +676,7 @@ def report(test, args):
     few = active is not None and active < min(2, args.latent_size)
     # with --iw_train what is called KL here is none, and nothing of the advice goes with it
     if not args.iw_train and (test["test_kl"] < 1 or few):
-        say("the posterior collapsed: the decoder all but ignores z. What helps: "
+        say("the posterior collapsed: the decoder all but ignores z. What may help: "
             f"{'' if args.flow else '--free_bits 0.1, '}a smaller --target_beta_val, or --beta_mode linear")
 
 

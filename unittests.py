@@ -888,6 +888,27 @@ def test_curves_are_drawn_in_training_at_most_every_ten_seconds(folder, workplac
     assert drawn == [3, 6, 7]  # after 12 and 24 seconds, and at the end
 
 
+def test_curves_have_a_panel_for_each_metric_that_there_is(curves, monkeypatch):
+    kept = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+
+    def panels(*betas, **metrics):
+        rows = [{"epoch": 1 + i, "beta": beta, **{f"{part}_{key}": value + i for key, value in metrics.items()
+                                                  for part in ("train", "val")}}
+                for i, beta in enumerate(betas)]
+        utils.draw_curves(rows, None)
+        axes = kept[-1].get_axes()
+        places = [axis.get_window_extent() for axis in axes]
+        assert not any(place.overlaps(other) for i, place in enumerate(places) for other in places[:i])
+        assert all(kept[-1].bbox.contains(*corner) for place in places for corner in (place.p0, place.p1))
+        return [(axis.get_title(), [list(line.get_ydata()) for line in axis.lines[:-1]])
+                for axis in axes]
+    assert panels(None, None, loss=3, rec=3) == [("loss at the target beta", [[3, 4]] * 2),
+                                                 ("reconstruction", [[3, 4]] * 2)]
+    assert [title for title, _ in panels(1.0, 1.0, loss=3, rec=2, kl=1, bpd=4)][2:] == ["KL", "bits/dim"]
+    assert panels(0.0, 1.0, loss=3, rec=2, kl=1, bpd=4)[4] == ("beta", [[0, 1]])
+
+
 def test_test_figures_are_those_of_the_best_checkpoint(folder, workplace):
     _, test = fit(folder, "--levels=2")
     net, state = infer.restore(workplace / "checkpoints" / "run" / "best.pt", "cpu")

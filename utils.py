@@ -755,21 +755,27 @@ class RunLog:
 
 
 def draw_curves(history, path):
-    """The metrics as a picture: a panel each for loss, reconstruction, KL and beta, train and validation."""
+    """The metrics as a picture: a panel each for loss, reconstruction, KL, bits/dim where there are any, and
+    beta where it changes, in one row or two.
+    """
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be here, would fail the import
     from matplotlib.figure import Figure  # pyplot would take 0.3 s more, and look for a screen
     from matplotlib.ticker import MaxNLocator
     panels = [("loss", "loss at the target beta"), ("rec", "reconstruction"), ("kl", "KL"),
               ("bpd", "bits/dim"), ("beta", "beta")]
     panels = [(key, title) for key, title in panels
-              if any(history[0].get(p + key) is not None for p in ("", "val_"))]
+              if (len({row["beta"] for row in history}) > 1 if key == "beta"
+                  else history[0].get("val_" + key) is not None)]
     best = min(history, key=lambda row: row["val_loss"])["epoch"]
     epochs = [row["epoch"] for row in history]
+    rows = 1 if len(panels) < 4 else 2
+    columns = math.ceil(len(panels) / rows)
     width, height = 3.8, 3.4  # inches, of a panel
-    figure = Figure(figsize=(width * len(panels), height))
+    figure = Figure(figsize=(width * columns, height * rows))
     for i, (key, title) in enumerate(panels):  # in set places: a layout that fits itself takes twice as long
-        axis = figure.add_axes([(i + 0.95 / width) / len(panels), 0.5 / height,
-                                (1 - 1.05 / width) / len(panels), 1 - 0.8 / height])
+        row, column = divmod(i, columns)
+        axis = figure.add_axes([(column + 0.95 / width) / columns, (rows - 1 - row + 0.5 / height) / rows,
+                                (1 - 1.05 / width) / columns, (1 - 0.8 / height) / rows])
         curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
         for prefix, label in curves.items():
             axis.plot(epochs, [row[prefix + key] for row in history], label=label,
