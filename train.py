@@ -122,7 +122,7 @@ def parse_args(argv=None):
     run.add_argument("--device", type=device_type, default=default_device(), help=default)
     run.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                      help="of the networks in training (fp32 on CUDA with tf32 products); auto is bf16 where "
-                          "the hardware multiplies in it (default: auto)")
+                          "the hardware multiplies in it: elsewhere it is many times slower (default: auto)")
     run.add_argument("--compile", action="store_true", help="through torch.compile (default: not)")
     run.add_argument("--progress_bar", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
                      help="(default: on a terminal only)")
