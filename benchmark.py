@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import NAMED, load, quantize
-from model import NETWORKS
-from utils import ArgumentParser, UserError, call, keep_memory, normal, number
+from cli import ArgumentParser, UserError, call, keep_memory, number
+from data import load, quantize
+from datasets import NAMED
+from networks import NETWORKS
+from utils import normal
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = {"model": "model", "batch_size": "batch", "images_per_second": "images/s",
@@ -160,7 +162,7 @@ def peak_rss():
 @functools.cache
 def plain_parts(*argv, limit=None):
     """→ a model, its optimiser, batches of training images and of test images, train.py's arguments; once."""
-    from utils import torchvision
+    from datasets import torchvision
     args, _ = train.parse_args(argv)
     if args.dataset not in NAMED or args.image_size or args.transform != "none":
         raise UserError(f"--baseline: goes with a dataset of torchvision ({', '.join(NAMED)}) as it is")
@@ -198,7 +200,7 @@ def plain_epoch(model, loader, args, optimizer=None):
 
 def plain_run(argv, epochs):
     """Train, test, and draw after each epoch."""
-    from utils import torchvision
+    from datasets import torchvision
     model, optimizer, loader, tests, args = plain_parts(*argv)
     for epoch in range(epochs):
         plain_epoch(model, loader, args, optimizer)

@@ -9,16 +9,23 @@ import textwrap
 import warnings
 
 import torch
-from PIL import Image
 
-from utils import UserError, image_grid
+from cli import UserError
+from utils import image_grid
 
-BACKEND = os.environ.pop("MPLBACKEND", None)  # for --explore alone; one that is not here fails the import
-from matplotlib import colormaps, rcParams  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+# For --explore alone: a backend that is not installed here, such as a notebook's, would fail the import.
+BACKEND = os.environ.pop("MPLBACKEND", None)
+warnings.filterwarnings("ignore", "Glyph .* missing from")  # signs that the font lacks
 
-rcParams["text.parse_math"] = False  # names of classes and runs may hold a $
-warnings.filterwarnings("ignore", "Glyph .* missing from")  # or signs that the font lacks
+
+def new_figure(**options):
+    """An empty figure. Only here is matplotlib imported, which takes most of a second; pyplot would take
+    more, and look for a screen.
+    """
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+    rcParams["text.parse_math"] = False  # names of classes and runs may hold a $
+    return Figure(**options)
 
 
 def array(image):
@@ -28,6 +35,7 @@ def array(image):
 
 def colours(n):
     """n colours that can be told apart, as well as n allows."""
+    from matplotlib import colormaps
     return [colormaps["tab10" if n <= 10 else "tab20"](i) for i in range(n)] if n <= 20 else \
         [colormaps["turbo"](i / (n - 1)) for i in range(n)]
 
@@ -42,7 +50,7 @@ def labelled_grid(path, title, images, columns, row_labels=None, column_labels=N
     grid = array(image_grid(images, columns))
     scale, dpi = max(math.ceil(56 / max(height, width)), math.ceil(18 / height), math.ceil(44 / width)), 100
     inches = scale * grid.shape[1] / dpi, scale * grid.shape[0] / dpi
-    figure = Figure(figsize=inches, dpi=dpi)
+    figure = new_figure(figsize=inches, dpi=dpi)
     axis = figure.add_axes([0, 0, 1, 1])
     axis.imshow(grid, interpolation="nearest", aspect="auto",
                 extent=(0, grid.shape[1], grid.shape[0], 0))
@@ -61,7 +69,7 @@ def latents(path, title, points, labels, names, axes):
 
     points: [N, 2]; labels: [N]; names: of the classes, none of which there may be; axes: what x and y are
     """
-    figure = Figure(figsize=(7.5, 6), layout="constrained")
+    figure = new_figure(figsize=(7.5, 6), layout="constrained")
     scatter(figure.subplots(), points, labels, names)
     figure.axes[0].set(xlabel=axes[0], ylabel=axes[1])
     figure.axes[0].set_title(textwrap.fill(title, 80), fontsize=10, loc="left")
@@ -85,7 +93,7 @@ def units(path, title, kl, active, t, densities):
 
     kl, active: [D], in the order to show them in; t: [T]; densities: name → [T], beside which N(0, 1) is set
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = new_figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(textwrap.fill(title, 120), fontsize=10, x=0.01, ha="left")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
     axis, ranks = left.subplots(), torch.arange(1, len(kl) + 1)
@@ -119,6 +127,7 @@ def progress(path, title, frames, most=60):
     """An animated GIF of picture files, which have their own titles, the last one held; of more than `most`
     evenly chosen ones.
     """
+    from PIL import Image
     chosen = sorted({round(i * (len(frames) - 1) / (most - 1)) for i in range(most)})
     images = []
     for i in chosen:
@@ -143,7 +152,7 @@ def compare(path, title, columns):
     lines = len(columns[0][0]), len(columns[0][3])
     width = margin + len(columns) * (cell + gap)
     height = sum(heights) + 4.5 * gap + line * (sum(lines) + 1)
-    figure = Figure(figsize=(width, height))
+    figure = new_figure(figsize=(width, height))
 
     def write(x, y, text, **style):
         figure.text(x / width, 1 - y / height, text, fontsize=9, va="top", **style)
@@ -180,7 +189,8 @@ class Explorer:
 
     def __init__(self, title, decode, draw, start, sliders, centre, spread, points, labels, names, origin,
                  directions, classes):
-        from matplotlib import pyplot, widgets
+        from matplotlib import pyplot, rcParams, widgets
+        rcParams["text.parse_math"] = False
         self.figure = pyplot.figure(title, figsize=(12, 6.4))
         self.decode, self.draw, self.start, self.classes = decode, draw, start, classes
         self.origin, self.directions, self.dimensions = origin, directions, sliders
@@ -265,7 +275,7 @@ class Explorer:
 
 def want_window():
     """Raises UserError where no window can be opened."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot, rcParams
     from matplotlib.backends import BackendFilter, backend_registry
     rcParams["webagg.address"] = "127.0.0.1"  # no other machine sees the page
     try:
@@ -284,3 +294,66 @@ def show():
     """Until the user closes the window."""
     from matplotlib import pyplot
     pyplot.show()
+
+
+def save_picture(path, caption, image):
+    """Write one image with a caption below it as PNG.
+
+    image: [3, H, W] in [0, 1]; enlarged by a whole factor where it is small
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    scale = math.ceil(640 / pixels.shape[1])
+    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    font = ImageFont.load_default(size=15)
+    characters = max(16, int((pixels.shape[1] - 16) / font.getlength("n")))
+    text = textwrap.fill(caption, characters)
+    height = 12 + 20 * (text.count("\n") + 1)
+    canvas = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + height), "white")
+    canvas.paste(Image.fromarray(pixels), (0, 0))
+    ImageDraw.Draw(canvas).multiline_text((8, pixels.shape[0] + 5), text, fill="black", font=font)
+    canvas.save(path)
+
+
+def save_grid(path, caption, images, nrow):
+    """Write images [N, C, H, W] in [0, 1] as one captioned PNG, nrow images a row."""
+    save_picture(path, caption, image_grid(images, nrow))
+
+
+def draw_curves(history, path):
+    """The metrics as a picture: a panel each for loss, reconstruction, KL, bits/dim where there are any, and
+    beta where it changes, in one row or two.
+    """
+    from matplotlib.ticker import MaxNLocator
+    panels = [("loss", "loss at the target beta"), ("rec", "reconstruction"), ("kl", "KL"),
+              ("bpd", "bits/dim"), ("beta", "beta")]
+    panels = [(key, title) for key, title in panels
+              if (len({row["beta"] for row in history}) > 1 if key == "beta"
+                  else history[0].get("val_" + key) is not None)]
+    best = min(history, key=lambda row: row["val_loss"])["epoch"]
+    epochs = [row["epoch"] for row in history]
+    rows = 1 if len(panels) < 4 else 2
+    columns = math.ceil(len(panels) / rows)
+    width, height = 3.8, 3.4  # inches, of a panel
+    figure = new_figure(figsize=(width * columns, height * rows))
+    for i, (key, title) in enumerate(panels):  # in set places: a layout that fits itself takes twice as long
+        row, column = divmod(i, columns)
+        axis = figure.add_axes([(column + 0.95 / width) / columns, (rows - 1 - row + 0.5 / height) / rows,
+                                (1 - 1.05 / width) / columns, (1 - 0.8 / height) / rows])
+        curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
+        for prefix, label in curves.items():
+            axis.plot(epochs, [row[prefix + key] for row in history], label=label,
+                      marker="." if len(epochs) < 30 else "")
+        axis.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
+        axis.set(title=title, xlabel="epoch")
+        axis.ticklabel_format(useOffset=False)
+        values = [row[prefix + key] for row in history for prefix in curves]
+        if 0 < 10 * min(values) < max(values):  # without a penalty the first KL would hide the rest
+            axis.set_yscale("log")
+        if key in ("loss", "rec", "kl"):  # a squared error has no unit
+            axis.set_ylabel("nats per image" if key == "kl" or "val_bpd" in history[0] else "per image")
+        if key == "beta":
+            axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend()
+    figure.savefig(path, dpi=100)

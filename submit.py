@@ -7,8 +7,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from utils import (COLUMNS, ArgumentParser, UserError, atomic_write, call, checkpoint_bytes, checkpoint_file,
-                   csv_bytes, load_checkpoint, one_line)
+from cli import ArgumentParser, UserError, call, one_line
+from runs import COLUMNS, atomic_write, checkpoint_bytes, checkpoint_file, csv_bytes, load_checkpoint
 
 CODE = ("*.py", "README.md", "requirements.txt", "LICENSE")
 RESULTS = ("*.png", "*.gif", "*.csv", "*.json")

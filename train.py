@@ -7,10 +7,8 @@ import io
 import math
 import re
 import shlex
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from argparse import Namespace
@@ -20,15 +18,42 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DATASETS, load, warp
-from model import DEFAULT_LOSS, NETWORKS, build
-from utils import (LOCAL_RANK, RANK, WORLD, AdamW, ArgumentParser, Muon, RunLog, Signals, UserError,
-                   active_units, all_finite, beta_schedule, call, default_device, default_precision,
-                   device_type, interleave, load_checkpoint, locked, lr_schedule, multiply_in_tf32, normal,
-                   number, one_line, own_device, processes, run_name, save_checkpoint, save_grid, say, share,
-                   shared, stream, stream_seed, total, upload, write_csv, write_json)
-
-WAYS_ON = "take another name, --resume its last.pt to go on with it, or --overwrite to replace it"
+from cli import (
+    ArgumentParser,
+    UserError,
+    call,
+    default_device,
+    default_precision,
+    device_type,
+    multiply_in_tf32,
+    number,
+    one_line,
+    own_device,
+    run_name,
+    say,
+)
+from data import load, warp
+from datasets import DATASETS
+from distributed import LOCAL_RANK, RANK, WORLD, processes, share, shared, total
+from figures import save_grid
+from model import DEFAULT_LOSS, build
+from networks import NETWORKS
+from optim import AdamW, Muon, follow, lr_schedule
+from runs import (
+    WAYS_ON,
+    RunLog,
+    Signals,
+    all_finite,
+    claimed,
+    holds_run,
+    load_checkpoint,
+    lock,
+    save_checkpoint,
+    wipe,
+    write_csv,
+    write_json,
+)
+from utils import active_units, beta_schedule, interleave, normal, stream, stream_seed, upload
 
 
 def parse_args(argv=None):
@@ -346,12 +371,6 @@ def learning_rate(args, data):
     return lr_schedule(args.lr_schedule, args.lr, args.epochs * -(-len(data.train) // args.batch_size))
 
 
-@torch.no_grad()
-def follow(ema, model, decay):
-    """ema ← decay · ema + (1 - decay) · model, for all weights."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
 def no_sums(device):
     return torch.zeros(1, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
 
@@ -383,6 +402,7 @@ def run(args, data, resumed, signals):
     judged = ema or model  # what is validated, drawn and tested
     trained = prepared(model, data, args)
     beta_of = beta_schedule(args.beta_mode, args.target_beta_val, args.epochs)
+    args.log_dir = args.log_dir or shared(lambda: free_name(args))
     with claimed(args, resumed) as (results, checkpoints):
         say(f"{args.log_dir}: {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{'x'.join(map(str, data.shape))} pixels of {data.levels} levels, "
@@ -708,75 +728,6 @@ def draw_epoch(model, data, args, epoch, folder):
     pairs = interleave(images / (data.levels - 1), model.reconstruct(images, labels), 8)
     save_grid(folder / f"reconstructions_{epoch:03d}.png",
               f"{args.log_dir}, epoch {epoch}: validation images, reconstructions below each", pairs, 8)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Folders and seeds
-
-OURS = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png",
-        "samples*.png", "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png",
-        "latents.png", "units.png", "traversals.png", "nearest.png", "progress.gif", "last.pt",
-        "best.pt", "*.tmp")
-
-
-def holds_run(folder):
-    return any((folder / name).exists() for name in ("metrics.csv", "seeds.csv", "last.pt", "best.pt")) or \
-        any(folder.glob("seed_*/last.pt"))
-
-
-def wipe(folders):
-    """Delete a run's files, and nothing else that may lie in its folders."""
-    for folder in folders:
-        for path in [path for name in OURS for path in folder.glob(name)] if holds_run(folder) else []:
-            path.unlink()
-
-
-@contextlib.contextmanager
-def claimed(args, resumed):
-    """The run's two folders, made and locked, after everything else that could fail → results, checkpoints.
-
-    Sets args.log_dir where the user gave no name. Leaves nothing behind where a folder cannot be written or
-    belongs to another process. Of many processes the first does it for all.
-    """
-    args.log_dir = args.log_dir or shared(lambda: free_name(args))
-    folders = [Path(root) / args.log_dir for root in (args.results_dir, args.checkpoint_dir)]
-    if RANK:
-        yield folders
-        return
-    made, held = [], []
-    try:
-        try:
-            for folder in folders:
-                for path in [*reversed(folder.parents), folder]:
-                    if not path.exists():
-                        path.mkdir(exist_ok=True)
-                        made.append(path)
-                tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}); --results_dir and "
-                            "--checkpoint_dir move it")
-        with contextlib.ExitStack() as locks:
-            lock(locks, folders, held)
-            # also one that another process has made just now
-            if not resumed and any(map(holds_run, folders)):
-                if not args.overwrite:
-                    raise UserError(f"{folders[1]} holds a run already; {WAYS_ON}")
-                wipe(folders)
-            yield folders
-    finally:
-        if not any(folders[1].glob("*.pt")):  # it ended before there was anything to keep
-            with contextlib.suppress(OSError):
-                for path in reversed(made):
-                    shutil.rmtree(path) if path in held else path.rmdir()
-
-
-def lock(locks, folders, held):
-    """Lock folders until the stack `locks` ends, and add them to the list `held`; one that is named twice
-    once, for it would lock itself out.
-    """
-    for folder in {folder.resolve(): folder for folder in folders}.values():
-        locks.enter_context(locked(folder))
-        held.append(folder)
 
 
 def wipe_group(args, group):

@@ -1,0 +1,107 @@
+"""Optimisers, the learning-rate schedule, the moving average of the weights."""
+
+import inspect
+import math
+
+import torch
+from torch.optim.adamw import adamw
+
+
+def lr_schedule(mode, lr, steps):
+    """The learning rate as a function of the number of steps already taken, of `steps` in all.
+
+    constant: lr. cosine: up in a straight line over the first hundredth, then down to 0 along half a cosine
+    (Loshchilov & Hutter 2017, eq. 5, without restarts).
+    """
+    if mode == "constant":
+        return lambda step: lr
+    if mode == "cosine":
+        return lambda step: lr * min((step + 1) / max(1, steps // 100),
+                                     (1 + math.cos(math.pi * step / steps)) / 2)
+    raise ValueError(f"learning-rate schedule {mode!r}: constant or cosine")
+
+
+@torch.no_grad()
+def orthogonalize(matrices):
+    """[N, R, C] → of each matrix U S Vᵀ (its singular value decomposition) roughly U Vᵀ: singular values
+    between about 0.7 and 1.2, but for those that were hardly there. By the Newton-Schulz iteration of Muon
+    (Jordan et al. 2024), which is products alone.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, for one group of parameters. Without what torch's does at each step for other uses, a small
+    model's step is a thirtieth shorter; without what keeps it apart from torch.compile, a start most of a
+    second, since that is not imported.
+    """
+    add_param_group, state_dict, load_state_dict = map(inspect.unwrap, (
+        torch.optim.AdamW.add_param_group, torch.optim.AdamW.state_dict, torch.optim.AdamW.load_state_dict))
+
+    def zero_grad(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        options = self.param_groups[0]
+        parameters = [parameter for parameter in options["params"] if parameter.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device if options["fused"] else "cpu"),
+                    "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        states = [self.state[parameter] for parameter in parameters]
+        moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        adamw(parameters, [parameter.grad for parameter in parameters], *moments, [],
+              [state["step"] for state in states], fused=options["fused"], amsgrad=False, maximize=False,
+              beta1=options["betas"][0], beta2=options["betas"][1], lr=options["lr"],
+              weight_decay=options["weight_decay"], eps=options["eps"])
+
+
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024) for matrices, also embeddings and, as [outputs, inputs · 9], convolutions,
+    and AdamW for vectors. A matrix's step is its momentum, orthogonalised and made as long as AdamW's, so
+    that one learning rate and weight decay fit both (Liu et al. 2025).
+
+    torch.optim.Muon takes no convolutions, and one matrix after the other. Processes on unlike machines round
+    these products differently.
+    """
+
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, **options)
+        self.alike = {}  # matrices, by shape: those of one shape take one product
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.ndim > 1:
+                self.alike.setdefault(parameter.shape, []).append(parameter)
+
+    @torch.no_grad()
+    def step(self):
+        options = self.param_groups[0]
+        for shape, matrices in self.alike.items():
+            updates = []
+            for matrix in matrices:
+                state = self.state[matrix]
+                if not state:  # AdamW, when it loads a state, looks for the step in each
+                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(matrix)}
+                momentum = state["exp_avg"].lerp_(matrix.grad, 0.05)
+                updates.append(matrix.grad.lerp(momentum, 0.95).flatten(1))  # Nesterov's
+                matrix.grad = None  # AdamW has nothing to do there
+            updates = orthogonalize(torch.stack(updates))
+            length = 0.2 * math.sqrt(max(updates.shape[1:]))
+            for matrix, update in zip(matrices, updates):
+                matrix.mul_(1 - options["lr"] * options["weight_decay"])
+                matrix.add_(update.view(shape), alpha=-options["lr"] * length)
+        super().step()
+
+
+@torch.no_grad()
+def follow(ema, model, decay):
+    """ema ← decay · ema + (1 - decay) · model, for all weights."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)

@@ -1,0 +1,430 @@
+"""Tests of train.py."""
+
+import csv
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import distributions as D
+
+import data
+import infer
+import model
+import runs
+import train
+import utils
+from tests.conftest import (
+    HERE,
+    LN2,
+    assert_same_runs,
+    begin,
+    damage,
+    ended,
+    fit,
+    outcome,
+    pixels,
+    same,
+    stop_at,
+    wait_for,
+)
+
+
+def test_a_run_leaves_its_files(folder, workplace, curves):
+    rows, test = fit(folder, "--levels=2", epochs=3)
+    results = workplace / "results" / "run"
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and tuple(rows[0]) == runs.COLUMNS
+    for name in ("curves.png", "samples_003.png", "reconstructions_003.png"):
+        with Image.open(results / name) as image:
+            assert min(image.size) > 100
+    assert list(results.glob("events.out.*"))
+    last, best = (runs.load_checkpoint(workplace / "checkpoints" / "run" / f"{n}.pt")
+                  for n in ("last", "best"))
+    assert last["epoch"] == 3 and last["step"] == 3 * 10 and len(last["history"]) == 3
+    losses = [float(row["val_loss"]) for row in rows]
+    assert best["epoch"] == 1 + losses.index(min(losses)) == test["epoch"] and best["best"] == min(losses)
+    for row in rows:
+        assert float(row["val_loss"]) == pytest.approx(float(row["val_rec"]) + float(row["val_kl"]))
+        assert float(row["val_bpd"]) == pytest.approx(float(row["val_loss"]) / LN2 / 784)
+
+
+def test_test_figures_are_those_of_the_best_checkpoint(folder, workplace):
+    _, test = fit(folder, "--levels=2")
+    net, state = infer.restore(workplace / "checkpoints" / "run" / "best.pt", "cpu")
+    split = data.load(str(folder), "data", levels=2).test
+    mean, log_std = net.encode(pixels(split))
+    kl = D.kl_divergence(D.Normal(mean, log_std.exp()), D.Normal(0.0, 1.0)).sum(1).mean()
+    assert test["test_kl"] == pytest.approx(kl.item(), rel=1e-5)
+    assert test["active_units"] == int((mean.var(0, correction=0) > 0.01).sum())
+
+
+def test_the_best_epoch_need_not_be_the_last(folder, workplace, monkeypatch):
+    weights, ranks = [], iter([3.0, 1.0, 2.0])
+    run_epoch = train.run_epoch
+
+    def ranked(net, *args):
+        row = {**run_epoch(net, *args), "val_loss": next(ranks)}
+        weights.append({name: value.clone() for name, value in net.state_dict().items()})
+        return row
+    monkeypatch.setattr(train, "run_epoch", ranked)
+    _, test = fit(folder, "--levels=2", epochs=3)
+    best = runs.load_checkpoint(Path("checkpoints/run/best.pt"))
+    assert same(best["model"], weights[1]) and best["epoch"] == test["epoch"] == 2 and best["best"] == 1
+    net, _ = infer.restore(Path("checkpoints/run/best.pt"), "cpu")
+    mean, log_std = net.encode(pixels(data.load(str(folder), "data", levels=2).test))
+    assert test["test_kl"] == pytest.approx(utils.KLD(mean, log_std).mean().item(), rel=1e-5)
+
+
+def test_each_epoch_sees_each_image_once_in_a_new_order_and_new_noise(folder, workplace, monkeypatch):
+    seen, forward = [], model.VAE.forward
+
+    def watched(self, images, labels=None, noise=None):
+        if self.training:
+            seen.append((images.flatten(1).long() @ torch.arange(1, 785), noise))
+        return forward(self, images, labels, noise)
+    monkeypatch.setattr(model.VAE, "forward", watched)
+    fit(folder)
+    codes, noise = (torch.cat(part) for part in zip(*seen))
+    first, second = codes.view(2, -1)
+    assert len(first) == 320 and torch.equal(first.sort()[0], second.sort()[0]) and not torch.equal(first,
+                                                                                                    second)
+    assert len({row.numpy().tobytes() for row in noise}) == 640
+    assert noise.mean().abs() < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(folder, workplace):
+    def numbers(*flags):
+        rows, test = fit(folder, "--levels=2", "--binarize=stochastic", *flags)
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], test
+    torch.manual_seed(123)
+    first = numbers("--seed=7")
+    torch.rand(10)
+    assert first == numbers("--seed=7") and first != numbers("--seed=8")
+
+
+def test_annealing(folder, workplace):
+    rows, test = fit(folder, "--beta_mode=linear", "--target_beta_val=0.8", "--levels=2", epochs=4)
+    assert [float(row["beta"]) for row in rows] == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert rows[0]["beta"] == "0.0" and test["epoch"] > 1
+    for row in rows:  # the loss that ranks epochs is always at the target
+        for part in ("train", "val"):
+            assert float(row[f"{part}_loss"]) == pytest.approx(
+                float(row[f"{part}_rec"]) + 0.8 * float(row[f"{part}_kl"]))
+
+
+def test_an_ae_reports_what_it_has(folder, workplace, curves, capsys):
+    rows, test = fit(folder, "--loss_mode=ae")
+    assert all(row[name] == "" for row in rows for name in ("beta", "train_kl", "val_kl", "train_bpd",
+                                                            "val_bpd"))
+    said = capsys.readouterr()
+    assert set(test) == {"epoch", "test_loss", "test_rec"} and " kl " not in said.out and said.err == ""
+    infer.main([])
+    assert (workplace / "results" / "run" / "samples.png").exists()
+
+
+def test_training_learns_and_grad_clip_bites(folder, workplace):
+    rows, _ = fit(folder, "--levels=2", "--lr=3e-3", epochs=6)
+    assert float(rows[-1]["val_loss"]) < 0.6 * 784 * LN2
+    clipped, _ = fit(folder, "--levels=2", "--lr=3e-3", "--grad_clip=1e-9", epochs=2)
+    assert clipped[1]["val_loss"] != rows[1]["val_loss"]
+
+
+def test_collapse_is_reported(folder, workplace, capsys):
+    fit(folder, "--target_beta_val=1000")
+    said = capsys.readouterr().out
+    assert "collapsed" in said and all(flag in said for flag in ("--beta_mode linear", "--target_beta_val",
+                                                                 "--free_bits"))
+    fit(folder, "--target_beta_val=1000", "--flow=1")
+    said = capsys.readouterr().out
+    assert "collapsed" in said and "--free_bits" not in said  # which does not go with it
+    fit(folder, "--target_beta_val=0.01", "--free_bits=1", epochs=5)
+    assert "collapsed" not in capsys.readouterr().out
+
+
+def test_free_bits_keep_the_kl_up(folder, workplace):
+    _, low = fit(folder, "--target_beta_val=20", "--levels=2", epochs=4)
+    _, high = fit(folder, "--target_beta_val=20", "--levels=2", "--free_bits=0.5", epochs=4)
+    assert high["test_kl"] > low["test_kl"] + 0.5
+
+
+def test_several_seeds(folder, workplace, capsys):
+    train.main([f"--dataset={folder}", "--model=mlp", "--hidden_dims=16", "--epochs=1", "--seeds", "1", "2",
+                "3", "--log_dir=many", "--results_dir=out/results", "--checkpoint_dir=out/checkpoints"])
+    values = [json.loads((workplace / f"out/results/many/seed_{s}/test.json").read_text())["test_loss"]
+              for s in (1, 2, 3)]
+    with open(workplace / "out/results/many/seeds.csv") as file:
+        rows = {row["figure"]: row for row in csv.DictReader(file)}
+    assert len(set(values)) == 3
+    assert float(rows["test_loss"]["mean"]) == pytest.approx(np.mean(values))
+    assert float(rows["test_loss"]["std"]) == pytest.approx(np.std(values, ddof=1))
+    assert "±" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [
+    "--model=mlp --levels=2 --binarize=stochastic --precision=fp32 --flow=1 --warp=0.4",
+    "--model=cnn --conditional --beta_mode=linear --precision=bf16 --lr_schedule=cosine --ema=0.9",
+    "--model=resnet --loss_mode=ae --ema=0.99 --flip --optimizer=muon",
+    "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01 --precision=bf16",
+    "--model=cnn --levels=16 --precision=fp32 --iw_train=3",
+    "--model=mlp --compile --precision=bf16"])
+def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, workplace, monkeypatch, capsys):
+    def argv(name):
+        return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--num_filters=2", "--epochs=3",
+                "--batch_size=32", f"--log_dir={name}", *flags.split()]
+    train.main(argv("whole"))
+    if "no compiler works here" in capsys.readouterr().err:
+        pytest.skip("no compiler works here")
+    # Of the 12 batches of an epoch 10 are for training. It stops in training; in validation, after the first
+    # batch of two; in the validation of the last epoch; and in the test of the best checkpoint, when all is
+    # trained.
+    for stop in (13, 10, 14, 3):
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop)
+            status, _ = outcome(train.main, argv("cut") if stop == 13
+                                else ["--resume", "checkpoints/cut/last.pt"], capsys)
+            assert status == 143
+    with open("results/cut/metrics.csv", "a") as file:
+        file.write("4,a row of an epoch that was not saved\n")
+    train.main(["--resume", "checkpoints/cut/last.pt"])
+    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
+                       for name in ("whole", "cut")))
+
+
+def test_more_epochs_continue_as_if_asked_for_at_once(folder, workplace, monkeypatch, capsys):
+    fit(folder, epochs=3)
+    os.rename("results/run", "results/long"), os.rename("checkpoints/run", "checkpoints/long")
+    fit(folder, epochs=1)
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3", "--save_every", "0"])
+    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
+                       for name in ("long", "run")))
+
+
+def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypatch, capsys):
+    def argv(name):
+        return [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1", "--batch_size=32",
+                "--seeds", "4", "5", "6", f"--log_dir={name}", "--overwrite"]
+    train.main(argv("whole"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 20)
+        assert outcome(train.main, argv("cut"), capsys)[0] == 143
+    Path("results/cut/seed_6").mkdir()  # as if this one had been killed before its first save
+    Path("results/cut/seed_6/metrics.csv").touch()
+    before = Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns
+    train.main(["--resume", "checkpoints/cut/seed_5/last.pt"])
+    # What was trained was not trained again.
+    assert Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns == before
+    assert Path("results/cut/seeds.csv").read_text() == Path("results/whole/seeds.csv").read_text()
+    # One of them, copied to where it is alone, goes on alone.
+    shutil.copytree("checkpoints/cut/seed_5", "checkpoints/solo")
+    train.main(["--resume", "checkpoints/solo/last.pt", "--epochs", "2"])
+    assert runs.load_checkpoint(Path("checkpoints/solo/last.pt"))["epoch"] == 2
+    assert {path.name for path in Path("checkpoints").iterdir()} == {"cut", "whole", "solo"}
+    shutil.copytree("checkpoints/solo", "checkpoints/backup/seed_5")
+    train.main(["--resume", "checkpoints/backup/seed_5/last.pt", "--epochs", "3"])
+    assert [path.name for path in Path("checkpoints/backup").iterdir()] == ["seed_5"]
+    assert Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns == before
+
+
+def test_a_moved_run_goes_on_where_it_is(folder, workplace):
+    fit(folder, epochs=1)
+    os.rename("checkpoints", "moved")
+    train.main(["--resume", "moved/run/last.pt", "--epochs", "2"])
+    assert runs.load_checkpoint(Path("moved/run/last.pt"))["epoch"] == 2 and not Path("checkpoints").exists()
+    Path("alone/run").mkdir(parents=True)
+    shutil.copy("moved/run/last.pt", "alone/run/last.pt")  # without its best.pt
+    train.main(["--resume", "alone/run/last.pt", "--epochs", "3"])
+    assert train.is_whole(Path("alone/run/best.pt"))
+
+
+def test_a_copied_run_leaves_the_original_alone(folder, workplace, capsys):
+    fit(folder, epochs=1)
+    shutil.copytree("checkpoints/run", "checkpoints/backup")
+    before = {path: path.read_bytes() for path in workplace.rglob("run/*") if path.name != "lock"}
+    shutil.copytree("checkpoints/run", "checkpoints/run (copy)")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run (copy)/last.pt"], capsys)
+    assert status == 2 and "rename its folder" in error
+    train.main(["--resume", "checkpoints/backup/last.pt", "--epochs", "2"])
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert runs.load_checkpoint(Path("checkpoints/backup/last.pt"))["epoch"] == 2
+    assert len(Path("results/backup/metrics.csv").read_text().splitlines()) == 3
+
+
+def test_a_lost_best_checkpoint_is_said_and_never_made_up(folder, workplace, capsys, monkeypatch):
+    run_epoch, ranks = train.run_epoch, iter([1.0, 3.0, 1.0, 3.0, 2.0])
+    monkeypatch.setattr(train, "run_epoch", lambda *args: {**run_epoch(*args), "val_loss": next(ranks)})
+    fit(folder, epochs=2)  # the first epoch is the best
+    fit(folder, "--warp=0.5", "--log_dir=annealed", epochs=2)
+    damage(workplace / "checkpoints/run/best.pt", "a flipped bit")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt"], capsys)
+    assert status == 1 and "best.pt is missing or damaged" in error and "--epochs 3" in error
+    damage(workplace / "checkpoints/annealed/best.pt", "a flipped bit")
+    status, error = outcome(train.main, ["--resume", "checkpoints/annealed/last.pt"], capsys)
+    assert status == 1 and "--epochs" not in error and "infer.py --ckpt checkpoints/annealed/last.pt" in error
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
+    assert "looked for anew" in capsys.readouterr().err
+    assert json.loads(Path("results/run/test.json").read_text())["epoch"] == 3
+
+
+def test_stopped_in_the_final_test_keeps_the_last_weights(folder, workplace, monkeypatch, capsys):
+    """The model then holds the best epoch's weights, which must not become those of last.pt."""
+    run_epoch, ranks = train.run_epoch, iter([1.0, 3.0])
+    monkeypatch.setattr(train, "run_epoch", lambda *args: {**run_epoch(*args), "val_loss": next(ranks)})
+    stop_at(monkeypatch, 2 * 12 + 1)
+    status, _ = outcome(train.main, ["--dataset", folder, "--model", "mlp", "--hidden_dims", "8",
+                                     "--epochs", "2", "--batch_size", "32", "--save_every", "0",
+                                     "--log_dir", "run"], capsys)
+    last, best = (runs.load_checkpoint(Path(f"checkpoints/run/{name}.pt")) for name in ("last", "best"))
+    assert status == 143 and (last["epoch"], best["epoch"]) == (2, 1)
+    assert not same(last["model"], best["model"])
+
+
+def test_killed_between_the_two_checkpoints_keeps_the_best(folder, workplace, monkeypatch):
+    fit(folder, epochs=2)
+    os.rename("results/run", "results/whole"), os.rename("checkpoints/run", "checkpoints/whole")
+    fit(folder, epochs=1)
+    save_checkpoint, saved = train.save_checkpoint, []
+
+    def dies(path, state):
+        saved.append(path.name)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        save_checkpoint(path, state)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "2"])
+    assert saved == ["best.pt", "last.pt"]
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "2"])
+    assert_same_runs(*((workplace / "results" / n, workplace / "checkpoints" / n) for n in ("whole", "run")))
+
+
+def test_what_cannot_be_read_again_is_not_saved(folder, workplace, capsys):
+    """Gradients whose squares overflow make the optimiser's moments infinite long before a weight is."""
+    status, error = outcome(train.main, ["--dataset", folder, "--model", "mlp", "--hidden_dims", "8",
+                                         "--epochs", "2",
+                                         "--target_beta_val", "1e25", "--log_dir", "run"], capsys)
+    assert status == 1 and "not finite" in error and "beta 1e+25" in error
+    assert not list(workplace.rglob("*.pt"))
+
+
+def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
+    fit(folder, "--beta_mode=linear")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
+    assert status == 2 and "--beta_mode" in error
+    fit(folder, "--lr_schedule=cosine")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
+    assert status == 2 and "--lr_schedule" in error
+    fit(folder, "--loss_mode=ae", "--beta_mode=linear")  # an AE has no beta
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
+    assert len(Path("results/run/metrics.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_moments_that_do_not_fit_are_reported(trained, workplace, capsys):
+    shutil.copytree(trained, workplace, dirs_exist_ok=True)
+    last = workplace / "checkpoints/run/last.pt"
+    state = runs.load_checkpoint(last)
+    state["optimizer"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, last)
+    status, error = outcome(train.main, ["--resume", last], capsys)
+    assert status == 1 and "size mismatch for exp_avg" in error and "best.pt" in error
+
+
+def test_means_that_are_not_finite_are_found_on_any_device():
+    with pytest.raises(FloatingPointError):
+        train.means(torch.tensor([1.0, math.nan]), 2)
+
+
+def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--dataset", folder, "--model", "mlp", "--hidden_dims", "32", "--levels", "2", "--binarize",
+            "stochastic", "--batch_size", "1", "--epochs", "8", "--save_every", "0.02"]
+
+    def to_its_end(name, *words):
+        assert ended(begin(f"{name}.txt", train.main, *words), f"{name}.txt")[::2] == (0, "")
+
+    def killed_ten_times(name):
+        moments, within, words = random.Random(name), 0, [*argv, "--log_dir", name]
+        for turn in range(10):
+            said = tmp_path / f"{name}_{turn}.txt"
+            process = begin(said, train.main, *words)
+            wait_for("parameters", said, process)  # it trains from there on
+            time.sleep(moments.uniform(0, 0.4))
+            process.kill()
+            assert ended(process, said)[0] == -signal.SIGKILL, "the run is too short for so many kills"
+            last = tmp_path / "checkpoints" / name / "last.pt"
+            words = ["--resume", last] if last.exists() else [*argv, "--log_dir", name, "--overwrite"]
+            assert all(map(train.is_whole, last.parent.glob("*.pt")))
+            within += last.exists() and runs.load_checkpoint(last)["step"] % 320 > 0
+        assert within > 0  # an epoch was cut in two
+        to_its_end(name, "--resume", last)
+        assert_same_runs(*((tmp_path / "results" / run, tmp_path / "checkpoints" / run)
+                           for run in ("never", name)))
+    to_its_end("never", *argv, "--log_dir", "never")
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(killed_ten_times, ("a", "b")))
+
+
+def test_precision_is_chosen_once_and_reaches_training_alone(folder, workplace, monkeypatch):
+    seen, forward = set(), model.AE.decode
+
+    def watched(self, z, labels=None):
+        seen.add((self.training, torch.is_autocast_enabled("cpu")))
+        return forward(self, z, labels)
+    monkeypatch.setattr(model.AE, "decode", watched)
+    for precision in ("bf16", "fp32"):
+        seen.clear()
+        fit(folder, f"--precision={precision}", epochs=1)
+        assert seen == {(True, precision == "bf16"), (False, False)}
+    for native, chosen in ((True, "bf16"), (False, "fp32")):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda native=native: native)
+        fit(folder, "--device=cpu", epochs=1)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: not native)
+        train.main(["--resume", "checkpoints/run/last.pt", "--epochs=2"])
+        assert runs.load_checkpoint(Path("checkpoints/run/last.pt"))["args"]["precision"] == chosen
+
+
+def test_without_a_compiler_the_run_goes_on(folder, workplace, monkeypatch, capsys):
+    class Missing(torch.nn.Module):  # it is looked for at the first call
+        def forward(self, *args):
+            raise RuntimeError("no C++ compiler")
+    plain = fit(folder)
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: Missing())
+    assert fit(folder, "--compile")[1] == plain[1]
+    assert capsys.readouterr().err.count("no C++ compiler") == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workplace, capsys):
+    status, error = outcome(train.main, ["--dataset", folder, "--lr", "1e30", "--model", "mlp", "--epochs",
+                                         "2", "--log_dir", "run"], capsys)
+    assert status == 1 and all(part in error for part in ("epoch 1", "after step", "not finite", "--lr",
+                                                          "1e+30", "beta 1"))
+    # it ended before there was anything to keep
+    assert {path.name for path in workplace.iterdir()} <= {"data"}
+    fit(folder, epochs=1)
+    before = runs.load_checkpoint(Path("checkpoints/run/last.pt"))
+    before["model"]["encoder.net.3.bias"][0] = 3e38  # the mean's, whose square is in the KL
+    runs.save_checkpoint(Path("checkpoints/run/last.pt"),
+                          {**before, "args": {**before["args"], "epochs": 2}})
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--save_every", "0"], capsys)
+    assert status == 1 and "not finite" in error and "checkpoints/run/last.pt" in error
+    assert train.is_whole(Path("checkpoints/run/last.pt"))
+
+
+@pytest.mark.skipif(not (HERE / "data/MNIST/raw/train-images-idx3-ubyte").exists(),
+                    reason="data/MNIST is not here")
+@pytest.mark.parametrize("kind,epochs,bound", [("mlp", 1, 130), ("cnn", 2, 112)])
+def test_mnist_in_an_epoch_or_two(kind, epochs, bound, workplace):
+    train.main(["--dataset=mnist", f"--data_dir={HERE / 'data'}", "--levels=2", f"--model={kind}",
+                f"--epochs={epochs}", "--log_dir=run"])
+    best = runs.load_checkpoint(workplace / "checkpoints/run/best.pt")
+    assert best["best"] < bound and best["data"]["shape"] == [1, 28, 28]
