@@ -1,6 +1,5 @@
-"""How fast training is, and how far from the limit of this machine: python benchmark.py --help"""
+"""How fast training is, and how far from the limits of this machine: python benchmark.py --help"""
 
-import copy
 import functools
 import json
 import multiprocessing
@@ -17,9 +16,10 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from cli import ArgumentParser, UserError, call, keep_memory, number
+from cli import ArgumentParser, UserError, keep_freed_memory, number, run_script
 from data import load, quantize
-from datasets import NAMED
+from datasets import NAMED, import_torchvision
+from model import build
 from networks import NETWORKS
 from utils import normal
 
@@ -44,9 +44,9 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", nargs="+", type=number(int, 1), default=[128, 512], metavar="N",
                         help="(default: 128 512)")
     parser.add_argument("--images", type=number(int, 1), default=12_800, metavar="N",
-                        help="images in a pass (default: %(default)s)")
+                        help="images in a pass")
     parser.add_argument("--repeats", type=number(int, 1), default=15, metavar="N",
-                        help="passes of each kind, and up to 3 starts (default: %(default)s)")
+                        help="passes of each kind, and up to 3 starts")
     parser.add_argument("--baseline", action="store_true",
                         help="also the plain way: torchvision's dataset, ToTensor, DataLoader, fp32; and "
                              "three epochs of it against train.py, from the command to its exit")
@@ -57,48 +57,22 @@ def parse_args(argv=None):
 
 
 def measure(argv, images, repeats, baseline):
-    """A row of the table, in a process of its own, whose peak memory is then that of this row."""
-    keep_memory()  # as train.py does
+    """A row of the table, in a process of its own, so that its peak memory is that of this row."""
+    keep_freed_memory()  # as train.py does
     args, _ = train.parse_args(argv)
     args.epochs = 1 + repeats  # --warp is for a share of them
     device = torch.device(args.device)
     data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform,
                 max(1, images // args.batch_size) * args.batch_size, device)
     n, batch_size = len(data.train), min(args.batch_size, len(data.train))
-    torch.backends.cudnn.deterministic = True  # as in training
-    model, optimizer = train.build_both(args, data.about())
-    trained, ema = train.prepared(model, data, args), copy.deepcopy(model) if args.ema else None
-    state = {"epoch": 0, "step": 0, "sums": train.no_sums(args.device)}
+    state = train.begin(args, data, None)
     batch, labels = data.train.batch(torch.arange(batch_size), args.seed, "binarize")
     noise = normal(train.noise_shape(batch_size, args), device, args.seed, "noise")
-
-    def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            rec, kl, _ = trained(batch, labels, noise)
-        optimizer.zero_grad()
-        (rec + args.target_beta_val * kl).backward()
-        optimizer.step()
-
-    def epoch():
-        """One pass, and steps of the floor between its own, as the speed of a shared machine varies from one
-        second to the next → seconds of a pass of each. A GPU, which must not wait, has them at the end.
-        """
-        steps, turns = -(-n // batch_size), []
-        turn = max(1, steps // 5) if device.type == "cpu" else steps
-
-        def tick():
-            if state["step"] % turn == 0:
-                turns.append(seconds(lambda: [step() for _ in range(turn)], device))
-        step()  # whatever came before this pass
-        took = seconds(lambda: train.train_epoch(trained, data, optimizer, args, state, args.target_beta_val,
-                                                 tick, ema), device)
-        state["epoch"] += 1
-        return took - sum(turns), sum(turns) / (len(turns) * turn) * n / batch_size
-
     with FlopCounterMode(display=False) as flops:
-        rec, kl, _ = model(batch, labels, noise)
+        rec, kl, _ = state.model(batch, labels, noise)
         (rec + kl).backward()
-    epoch()
+    step = floor_step(state, args, batch, labels, noise)
+    epoch(state, data, args, step)
     row = {"model": args.model, "batch_size": args.batch_size, "peak_rss_mb": peak_rss(),
            "startup_seconds": None}
     passes = []
@@ -106,7 +80,7 @@ def measure(argv, images, repeats, baseline):
         if baseline:
             other.submit(plain_seconds, argv, n).result()
         for _ in range(repeats):
-            passes.append(epoch())
+            passes.append(epoch(state, data, args, step))
             if baseline:
                 passes[-1] += (other.submit(plain_seconds, argv, n).result(),)
     ours, floor, *others = zip(*passes)
@@ -117,6 +91,35 @@ def measure(argv, images, repeats, baseline):
     if baseline:
         row["speedup"] = median(b / a for a, b in zip(ours, *others))
     return row
+
+
+def floor_step(state, args, batch, labels, noise):
+    """→ a function that takes a step of the floor: forward, backward and optimiser on one batch"""
+    def step():
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            rec, kl, _ = state.network(batch, labels, noise)
+        state.optimizer.zero_grad()
+        (rec + args.target_beta_val * kl).backward()
+        state.optimizer.step()
+    return step
+
+
+def epoch(state, data, args, step):
+    """An epoch of train.py, with steps of the floor between its own, because the speed of a shared machine
+    changes from second to second → seconds of a pass of each. A GPU must not wait, so there they come at the
+    end.
+    """
+    device, steps, turns = torch.device(args.device), train.steps_per_epoch(data, args), []
+    turn = max(1, steps // 5) if device.type == "cpu" else steps
+
+    def after_step():
+        if state.step % turn == 0:
+            turns.append(seconds(lambda: [step() for _ in range(turn)], device))
+    step()  # to end whatever came before this pass
+    took = seconds(lambda: train.train_epoch(state, data, args, after_step), device)
+    state.epoch += 1
+    floor = sum(turns) / (len(turns) * turn) * steps
+    return took - sum(turns), floor
 
 
 def fresh_process():
@@ -147,7 +150,7 @@ def wait(device):
 
 
 def peak_rss():
-    """The most memory that this process has had resident, in MB; None where the system does not tell."""
+    """The most memory that this process has had, in MB; None if the system does not tell."""
     try:  # resource.ru_maxrss would count what the parent had
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
@@ -156,13 +159,13 @@ def peak_rss():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The plain way, as in the VAE of pytorch/examples: an image at a time, fp32, a number fetched each step, in a
-# process of its own, whose memory is not kept
+# The plain way, as in the VAE of pytorch/examples: one image at a time, fp32, a number fetched in each step;
+# in a process of its own, which does not keep freed memory
 
 @functools.cache
 def plain_parts(*argv, limit=None):
-    """→ a model, its optimiser, batches of training images and of test images, train.py's arguments; once."""
-    from datasets import torchvision
+    """→ a model, its optimiser, batches of training and of test images, train.py's arguments; made once"""
+    torchvision = import_torchvision()
     args, _ = train.parse_args(argv)
     if args.dataset not in NAMED or args.image_size or args.transform != "none":
         raise UserError(f"--baseline: goes with a dataset of torchvision ({', '.join(NAMED)}) as it is")
@@ -171,19 +174,19 @@ def plain_parts(*argv, limit=None):
     more = {"num_workers": 1, "pin_memory": True} if args.device != "cpu" else {}
     loader = DataLoader(Subset(images, range(limit or len(images))), args.batch_size, shuffle=True, **more)
     about = {"shape": images[0][0].shape, "levels": args.levels, "classes": images.classes}
-    model = train.build_both(args, about)[0].to(memory_format=torch.contiguous_format)  # torch's default
+    model = build(vars(args), about).to(args.device, memory_format=torch.contiguous_format)  # torch's default
     return (model, torch.optim.Adam(model.parameters(), args.lr), loader,
             DataLoader(tests, args.batch_size, **more), args)
 
 
 def plain_seconds(argv, limit):
-    """Of another training epoch of the plain way."""
+    """Seconds of a training epoch of the plain way."""
     model, optimizer, loader, _, args = plain_parts(*argv, limit=limit)
     return seconds(lambda: plain_epoch(model, loader, args, optimizer), torch.device(args.device))
 
 
 def plain_epoch(model, loader, args, optimizer=None):
-    """One pass, in training where there is an optimiser → the mean loss."""
+    """One pass, in training if there is an optimiser → the mean loss"""
     total = 0.0
     for images, labels in loader:
         images = quantize((images.to(args.device) * 255).byte(), args.levels)
@@ -199,8 +202,8 @@ def plain_epoch(model, loader, args, optimizer=None):
 
 
 def plain_run(argv, epochs):
-    """Train, test, and draw after each epoch."""
-    from datasets import torchvision
+    """Train; after each epoch test and draw."""
+    torchvision = import_torchvision()
     model, optimizer, loader, tests, args = plain_parts(*argv)
     for epoch in range(epochs):
         plain_epoch(model, loader, args, optimizer)
@@ -213,7 +216,7 @@ def plain_run(argv, epochs):
 # Whole commands
 
 def startup(argv):
-    """Seconds from the command to the first checkpoint, written right after the first step."""
+    """Seconds from the command to the first checkpoint, which is written after the first step."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         command = subprocess.Popen([sys.executable, HERE / "train.py", *argv, "--save_every", "0",
@@ -247,7 +250,7 @@ def places(folder):
 
 
 def show(rows):
-    """Print a table of rows, its columns as wide as they must be."""
+    """Print the rows as a table."""
     names = [name for name in COLUMNS if name in rows[0]]
     table = [[COLUMNS[name] for name in names]]
     for row in rows:
@@ -284,4 +287,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    call(main)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""The command line: argument types, devices, errors of one line, the exit status."""
+"""The command line: argument types, devices, errors of one line, exit status."""
 
 import argparse
 import contextlib
@@ -17,22 +17,36 @@ from distributed import LOCAL_RANK, RANK, WORLD
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message is one line that says how."""
+    """An error that the user can fix. The message is one line that says how."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with errors of a single line (exit status 2) and no abbreviated options."""
+    """argparse with errors of one line (exit status 2), a default for each option in --help, and no
+    abbreviations.
+    """
+
+    class Formatter(argparse.HelpFormatter):
+        def __init__(self, prog):
+            super().__init__(prog, max_help_position=42, width=150)
+
+        def _get_help_string(self, action):
+            if "(default" in action.help or action.default is argparse.SUPPRESS:
+                return action.help
+            return f"{action.help} (default: {'off' if action.default is False else '%(default)s'})"
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(
-            prog, max_help_position=42, width=150), usage="python %(prog)s [options]", **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=self.Formatter,
+                         usage="python %(prog)s [options]", **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Argument types
+
 def number(kind, low, above=False):
-    """An argparse type: a finite int or float, at least `low`, or greater than it (`above`)."""
+    """An argument type: a finite int or float that is at least `low`, or greater than it (`above`)."""
     high = 2**31 - 1 if kind is int else math.inf
     allowed = f"a {'whole' if kind is int else 'finite'} number {'>' if above else '>='} {low}"
 
@@ -47,22 +61,34 @@ def number(kind, low, above=False):
     return parse
 
 
-def device_type(text):
-    """An argparse type: cpu, cuda, cuda:N or mps, where this machine has it."""
-    here = ["cpu", *["cuda"] * torch.cuda.is_available(),
-            *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
-            *["mps"] * torch.backends.mps.is_available()]
-    if text not in here:
-        raise argparse.ArgumentTypeError(f"{text!r} is not on this machine, only {', '.join(here)}")
+def run_name(text):
+    """An argument type: the name of a run, a relative path that stays below the two root folders."""
+    parts = text.split("/")
+    if any(part in ("", ".", "..") or not re.fullmatch(r"[\w.+=,@ -]+", part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed, only a name such as my_run or "
+                                         "group/my_run")
     return text
 
+
+def device_type(text):
+    """An argument type: cpu, cuda, cuda:N or mps, if this machine has it."""
+    available = ["cpu", *["cuda"] * torch.cuda.is_available(),
+                 *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
+                 *["mps"] * torch.backends.mps.is_available()]
+    if text not in available:
+        raise argparse.ArgumentTypeError(f"{text!r} is not on this machine, only {', '.join(available)}")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Devices
 
 def default_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def default_precision(device):
-    """bf16 where the hardware multiplies in it (AVX512-BF16, AMX; Ampere or newer), elsewhere fp32."""
+    """bf16 if the hardware multiplies in it (AVX512-BF16, AMX, CUDA from Ampere on), otherwise fp32."""
     if torch.device(device).type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
@@ -72,13 +98,14 @@ def default_precision(device):
 
 
 def own_device(device):
-    """The device of this process, where --device says the kind: each of many processes has a GPU of its own.
-    Raises UserError where there are too few.
+    """The device of this process, where --device gives the kind: each of many processes needs its own GPU.
+
+    Raises UserError if there are too few.
     """
     if WORLD == 1 or device == "cpu":
         return device
     if device == "mps":
-        raise UserError("--device mps: one process alone can use it; --device cpu goes with many")
+        raise UserError("--device mps: only a single process can use it; use --device cpu with several")
     if LOCAL_RANK >= torch.cuda.device_count():
         raise UserError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: this machine has only "
                         f"{torch.cuda.device_count()} GPUs")
@@ -86,28 +113,32 @@ def own_device(device):
     return "cuda"
 
 
-def multiply_in_tf32(yes):
+def allow_tf32(allowed):
     """Whether CUDA may round the factors of fp32 products to 10 bits: in training, never in evaluation."""
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = \
-        "tf32" if yes else "ieee"
+        "tf32" if allowed else "ieee"
 
 
-def run_name(text):
-    """An argparse type: the name of a run, a relative path that stays below the two roots."""
-    parts = text.split("/")
-    if any(part in ("", ".", "..") or not re.fullmatch(r"[\w.+=,@ -]+", part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed, only a name such as my_run or "
-                                         "group/my_run")
-    return text
+def keep_freed_memory():
+    """Make glibc keep freed memory for the next step instead of returning it to the system, where each page
+    would cost a fault: measured at a tenth of a step's time, for a small model a fifth.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)      # M_MMAP_THRESHOLD, to its maximum
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Messages and exit status
 
 def one_line(error):
-    """What an exception of any kind says, on one line and not too long."""
+    """The message of any exception, on one line and not too long."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def say(text):
-    """Print at once, from one process. A reader that has gone, such as `| head`, must not end a run."""
+    """Print at once, from the first process. A reader that is gone, such as `| head`, must not end a run."""
     try:
         if RANK == 0:
             print(text, flush=True)
@@ -115,50 +146,48 @@ def say(text):
         sys.stdout = open(os.devnull, "w")
 
 
-def keep_memory():
-    """Have glibc keep the memory that a step frees for the next one. It would return it to the system, and
-    every page of it would cost a fault: a tenth of a step's time, of a small model's a fifth.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another system, another allocator
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)      # M_MMAP_THRESHOLD: its own maximum
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+def warn(text):
+    """Print a line on stderr, from the first process."""
+    if RANK == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
-def call(main):
-    """Run a script's `main` and end the process: what a user can mend ends it with one line on stderr and
-    exit status 1.
+def error_message(error):
+    """The line for an error that the user can fix; None for any other, which is a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):  # a full or read-only disk, a missing permission, …
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, MemoryError):
+        return "out of memory; a smaller --batch_size, --image_size or --limit needs less"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{one_line(error)}; a smaller --batch_size, --image_size or model needs less"
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        return "out of memory; a smaller --batch_size, --image_size or model needs less"
+    if isinstance(error, RuntimeError) and WORLD > 1 and re.search("gloo|nccl|connection", str(error), re.I):
+        time.sleep(10)  # the process that failed first prints its message; then torchrun ends this one
+        return f"another process has ended, or cannot be reached ({one_line(error)})"
+
+
+def run_script(main):
+    """Run a script's `main` and end the process. Exit with one line and status 1 if the user can fix the
+    error.
     """
-    gc.set_threshold(100_000)  # imports make a million objects, and no garbage worth looking for
-    keep_memory()
-    status, message = 1, None
+    gc.set_threshold(100_000)  # imports make a million objects, none of them garbage
+    keep_freed_memory()
+    status = 0
     try:
         main()
-        status = 0
     except SystemExit as end:
         status = end.code
-    except UserError as error:
-        message = str(error)
-    except OSError as error:  # a full or read-only disk, a lost permission, …
-        place = f": {error.filename}" if error.filename else ""
-        message = f"{error.strerror or error}{place}"
-    except MemoryError:
-        message = "out of memory; a smaller --batch_size, --image_size or --limit needs less"
-    except torch.OutOfMemoryError as error:
-        message = f"{one_line(error)}; a smaller --batch_size, --image_size or model needs less"
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):
-            message = "out of memory; a smaller --batch_size, --image_size or model needs less"
-        elif WORLD > 1 and re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
-            time.sleep(10)  # torchrun will have ended this one by then, after the message of the other
-            message = f"another process has ended, or cannot be reached ({one_line(error)})"
-        else:
-            raise
     except KeyboardInterrupt:
         status = 130
-    if message:
+    except Exception as error:
+        status, message = 1, error_message(error)
+        if message is None:
+            raise
         if RANK:
-            time.sleep(3)  # what ends all processes is said by the first, whose end ends the others
+            time.sleep(3)  # if all processes have this error, torchrun ends the others after the first
             message = f"process {RANK} of {WORLD}: {message}"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if WORLD > 1:
@@ -167,5 +196,5 @@ def call(main):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
-    gc.freeze()  # else Python looks through all of them once more at its end, for half a second
+    gc.freeze()  # otherwise Python looks through all objects once more at its end, for half a second
     sys.exit(status)

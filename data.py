@@ -1,6 +1,4 @@
-"""Any dataset → uint8 images [N, C, H, W] and labels, on one device or mapped from disk → batches of integer
-levels.
-"""
+"""A dataset in memory, or mapped into it: uint8 images [N, C, H, W] and labels → batches of levels."""
 
 import zlib
 from dataclasses import dataclass, replace
@@ -10,18 +8,19 @@ import numpy as np
 import torch
 
 from cli import UserError
-from datasets import DATASETS, cached, grey, make_glyphs, read_folder, read_named, resize, save
-from utils import stream, stream_seed, upload
+from datasets import DATASETS, grayscale, read_folder, read_glyphs, read_named, resize
+from utils import stream, stream_seed, to_device
 
 
 @dataclass
 class Split:
-    """Some of the images of a dataset, which all its splits share.
+    """Some of the images of a dataset: the training, validation or test images.
 
-    stored: uint8 [M, C, H, W], intensities 0 … 255, in memory or mapped into it; rows: int64 [N], which of
-    them these are, on the same device; labels: int64 [N], on the device where batches go. As a batch is
-    taken, intensities become 2, 16 or 256 levels; where `stochastic`, levels 0 and 1, drawn anew each time an
-    image is seen.
+    stored: uint8 [M, C, H, W], intensities 0 … 255, in memory or mapped into it; splits may share it
+    rows: int64 [N], which of the stored images belong to this split, on the same device
+    labels: int64 [N], on the device where batches go
+    levels: the number of values of a pixel in a batch: 2, 16 or 256
+    stochastic: whether pixels of levels 0 and 1 are drawn anew each time that an image is seen
     """
     stored: torch.Tensor
     rows: torch.Tensor
@@ -33,92 +32,99 @@ class Split:
         return len(self.rows)
 
     def batch(self, index, *key, part=slice(None)):
-        """The images at `index` as integer levels, and their labels.
+        """The images at `index` as integer levels, uint8 [B, C, H, W], and their labels [B].
 
-        key: the stream of random numbers (see utils.stream) for stochastic binarisation; unused without it
-        part: which of them to take; random numbers are drawn for all
+        key: of the random numbers (see utils.stream) for stochastic binarisation; not needed without it
+        part: which of these images to take; random numbers are drawn for all of them
         """
         taken, device = index[part], self.labels.device
-        rows = upload(index if self.stochastic else taken, self.rows.device)
+        rows = to_device(index if self.stochastic else taken, self.rows.device)
         rows = self.rows.index_select(0, rows)  # faster than rows[…]
-        images = upload(self.stored.index_select(0, rows), device)
+        images = to_device(self.stored.index_select(0, rows), device)
         if self.stochastic:
-            images = binarize(images, *key)[upload(part, device)]
+            images = binarize(images, *key)[to_device(part, device)]
         else:
             images = quantize(images, self.levels)
-        return images, self.labels.index_select(0, upload(taken, device))
+        return images, self.labels.index_select(0, to_device(taken, device))
 
 
 @dataclass
 class Data:
+    """The three splits of a dataset.
+
+    shape: (C, H, W); levels: a pixel is an integer from 0 to levels - 1
+    classes: names, in the order of the labels; empty if the dataset has no classes
+    crc32: of the images and labels as they are stored
+    """
     train: Split
     val: Split
     test: Split
-    shape: tuple    # (C, H, W)
-    levels: int     # a pixel is an integer from 0 to levels - 1
-    classes: list   # names, in the order of the labels; empty where the data has no classes
-    crc32: int      # of the images and labels as they are stored
+    shape: tuple
+    levels: int
+    classes: list
+    crc32: int
 
     def about(self):
-        """What a checkpoint says of the data."""
+        """What a checkpoint keeps of the data."""
         return {"shape": list(self.shape), "levels": self.levels, "classes": self.classes,
                 "images": [len(self.train), len(self.val), len(self.test)], "crc32": self.crc32}
 
 
 def load(dataset, data_dir="data", image_size=None, levels=256, binarize="threshold", transform="none",
          limit=None, device="cpu", download=True, progress_bar=False):
-    """Read a dataset. What is large is mapped into memory rather than read.
+    """Read a dataset. Large ones are mapped into memory, not read into it.
 
-    dataset: one of DATASETS, or the path of a folder of images
-    image_size: (H, W) to which images are resized and centre-cropped; None keeps their own size
+    dataset: a name in DATASETS, or the path of a folder of images
+    image_size: (H, W) to which images are resized and centre-cropped; None keeps their size
     levels: 256 as stored, 16 (4-bit), or 2; binarize: threshold (> 0.5) or stochastic, for 2 levels
-    transform: none, grayscale (one channel) or grayscale3 (the same in three)
+    transform: none, grayscale (one channel) or grayscale3 (the same in three channels)
     limit: keep the first so many images of the training split
-    → Data; raises UserError where it cannot be read
+    → Data. Raises UserError if the dataset cannot be read.
     """
     data_dir = Path(data_dir)
     if dataset in DATASETS:
-        if dataset == "glyphs":
-            arrays = cached(data_dir, "glyphs-1", 4, lambda files: save(files, make_glyphs()))
-            train, test, classes = arrays[:2], arrays[2:], [str(digit) for digit in range(10)]
-        else:
-            train, test, classes = read_named(dataset, data_dir, download)
+        train, test, classes = read_glyphs(data_dir) if dataset == "glyphs" else \
+            read_named(dataset, data_dir, download)
         if image_size:
             train, test = ((resize(images, image_size), labels) for images, labels in (train, test))
         if transform != "none":
-            train, test = ((grey(images, transform), labels) for images, labels in (train, test))
+            train, test = ((grayscale(images, transform), labels) for images, labels in (train, test))
         crc32 = 0
         for array in (*train, *test):
             crc32 = zlib.crc32(array, crc32)
     else:
         train, test, classes, crc32 = read_folder(Path(dataset), data_dir, image_size, transform,
                                                   progress_bar)
+    splits = split(train, test, levels, limit)
+    if not all(map(len, splits)):
+        raise UserError(f"{dataset}: {' + '.join(str(len(part)) for part in splits)} images for training, "
+                        "validation and test; each needs at least one, so give it ten or more")
+    if levels == 2 and binarize == "stochastic":
+        splits[0].stochastic = True
+        splits[1:] = fixed_draw(splits[1], "val"), fixed_draw(splits[2], "test")
+    return Data(*on_device(splits, torch.device(device)), tuple(train[0].shape[1:]), levels, classes, crc32)
+
+
+def split(train, test, levels, limit):
+    """Arrays (images, labels) → the training, validation and test split. A random tenth of the training
+    images is for validation; if there are no test images, another tenth is for the test.
+    """
     (images, labels), (test_images, test_labels) = (map(torch.from_numpy, part) for part in (train, test))
-    # One permutation for all runs: validation figures of different seeds are about the same images.
+    # One permutation for all runs, so that the validation figures of all seeds are about the same images.
     order, tenth = torch.randperm(len(images), generator=torch.Generator().manual_seed(42)), len(images) // 10
-    if len(test_images):
-        test_rows = torch.arange(len(test_images))
-    else:  # a folder without train/ and test/: a tenth each
+    test_rows = torch.arange(len(test_images))
+    if not len(test_images):
         test_images, test_labels = images, labels
         order, test_rows = order[:len(order) - tenth], order[len(order) - tenth:]
-    order, held_out = order[:len(order) - tenth], order[len(order) - tenth:]
-    train = Split(images, order[:limit], labels[order[:limit]], levels)
-    val = Split(images, held_out, labels[held_out], levels)
-    test = Split(test_images, test_rows, test_labels[test_rows], levels)
-    if not (len(train) and len(val) and len(test)):
-        raise UserError(f"{dataset}: {len(train)} + {len(val)} + {len(test)} images for training, validation "
-                        "and test; each needs at least one, so give it ten or more")
-    if levels == 2 and binarize == "stochastic":
-        train.stochastic = True
-        val, test = fixed_draw(val, "val"), fixed_draw(test, "test")
-    return Data(*on_device((train, val, test), torch.device(device)), tuple(images.shape[1:]), levels,
-                classes, crc32)
+    order, val_rows = order[:len(order) - tenth], order[len(order) - tenth:]
+    return [Split(images, order[:limit], labels[order[:limit]], levels),
+            Split(images, val_rows, labels[val_rows], levels),
+            Split(test_images, test_rows, test_labels[test_rows], levels)]
 
 
 def on_device(splits, device):
-    """The splits on a device; images that would fill more than half of its free memory stay where they are.
-    """
-    moved = {id(split.stored): split.stored for split in splits}  # each once, as they share it
+    """The splits on a device. Images that would fill more than half of its free memory are not moved."""
+    moved = {id(split.stored): split.stored for split in splits}  # each array once, since splits share it
     for key, stored in moved.items():
         if device.type != "cuda" or stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             moved[key] = stored.to(device)
@@ -128,7 +134,7 @@ def on_device(splits, device):
 
 
 def fixed_draw(split, name):
-    """One stochastic binarisation of a split, the same for ever, in memory."""
+    """A stochastic binarisation of a split that is drawn once and never changes, in memory."""
     everything = torch.arange(len(split))
     levels, labels = replace(split, stochastic=True).batch(everything, 42, "binarize", name)
     return Split(255 * levels, everything, labels, split.levels)
@@ -138,54 +144,53 @@ def fixed_draw(split, name):
 # Pixels
 
 def quantize(images, levels):
-    """uint8 intensities 0 … 255 → levels, which take their place: as stored (256), the upper 4 bits (16), 1
-    where x > 0.5 (2).
+    """uint8 intensities 0 … 255 → integer levels, in place: as stored (256), the upper 4 bits (16), 1 where
+    x > 0.5 (2).
     """
     return images if levels == 256 else images.bitwise_right_shift_({16: 4, 2: 7}[levels])
 
 
 def binarize(images, *key):
     """uint8 intensities 0 … 255, [N, C, H, W] → 0 or 1, drawn with probability x / 255 from the stream of
-    that key (Salakhutdinov & Murray 2008). On a CPU they take the place of the intensities.
+    that key (Salakhutdinov & Murray 2008); in place on a CPU.
 
-    On a CPU torch.bernoulli would take twenty times as long. Two uniform bytes as one 16-bit word are
-    compared with 257 x, which is x / 255 in units of 2⁻¹⁶ but for one unit at most; black never turns white,
-    nor white black. The low byte decides one pixel in 256, so that the images of a block share it.
+    On a CPU torch.bernoulli would take twenty times as long. Here two random bytes are one 16-bit word, which
+    is compared with 257 x: that is x / 255 in units of 2⁻¹⁶, up to one unit. Black never turns white, and
+    white never black. The low byte decides only one pixel in 256, so the images of a block share it.
     """
     if images.device.type == "cuda":
         return torch.bernoulli(images / 255, generator=stream(*key, device=images.device)).byte()
-    generator = np.random.SFC64(stream_seed(*key))  # the fastest there is
+    generator = np.random.SFC64(stream_seed(*key))  # NumPy's fastest generator
     levels = images.cpu()
     pixels = levels.view(len(levels), -1).numpy()
     size = pixels.shape[1]
     step = max(1, 2**17 // size)  # as many images as stay in the cache
     carries = np.empty((step, size), bool)
     for first in range(0, len(pixels), step):
-        part = pixels[first:first + step]
-        carry = carries[:len(part)]
-        drawn = generator.random_raw((len(part) + 1) * size // 8 + 1).view(np.uint8)
-        high, low = drawn[:part.size].reshape(part.shape), drawn[part.size:part.size + size]
-        # the word is below 257 part where high < part, or high == part and low < part, which is then high
-        np.less(np.minimum(low, 254), high, out=carry)  # white is above any word
+        block = pixels[first:first + step]
+        carry = carries[:len(block)]
+        drawn = generator.random_raw((len(block) + 1) * size // 8 + 1).view(np.uint8)
+        high, low = drawn[:block.size].reshape(block.shape), drawn[block.size:block.size + size]
+        # The word is below 257 x if high < x, or if high == x and low < x, which then equals high.
+        np.less(np.minimum(low, 254), high, out=carry)  # 254, so that white is above every word
         high -= carry.view(np.uint8)
-        np.less(high, part, out=part.view(bool))
+        np.less(high, block, out=block.view(bool))
     return levels.to(images.device)
 
 
 def warp(images, generator, n, part=slice(None)):
-    """Slide the rows of images [N, C, H, W], then their columns, along a line and a parabola of their own: a
-    digit slants, turns and bends a little. They slide by whole pixels, so that nothing blurs; the border
-    repeats.
+    """Shift the rows of images [N, C, H, W], then their columns, each by an amount that is a random parabola
+    of
+    its position: a digit slants, turns and bends a little. Shifts are whole pixels, so nothing blurs. The
+    border is repeated.
 
-    part: which of n images these are; random numbers are drawn for all
+    part: which of n images these are; random numbers are drawn for all n
     """
-    slopes, bends = upload(torch.randn(2, n, 2, generator=generator)[:, part], images.device)
-    for axis, reach in enumerate((0.06, 0.04)):  # of a side, at the border
+    slopes, bends = to_device(torch.randn(2, n, 2, generator=generator)[:, part], images.device)
+    for axis, reach in enumerate((0.06, 0.04)):  # of the side's length, at the border
         t = torch.linspace(-1, 1, images.shape[2], device=images.device)
         side, slope, bend = images.shape[3], slopes[:, axis, None], bends[:, axis, None]
         shifts = (reach * side * (slope * t + bend * (t ** 2 - 1 / 3))).round().long()
         places = torch.arange(side, device=images.device) + shifts[:, None, :, None]
         images = images.gather(3, places.clamp(0, side - 1).expand_as(images)).transpose(2, 3)
     return images.contiguous()
-
-

@@ -1,9 +1,13 @@
-"""Where images come from: torchvision's names, folders, glyphs; decoded once, cached."""
+"""Where images come from: torchvision's datasets, folders, and glyphs that are made on the spot. Images are
+decoded once, into a cache of plain .npy files.
+
+To add a dataset of torchvision, add a line to NAMED. To add another source, write a function such as
+read_glyphs, and call it in data.load.
+"""
 
 import contextlib
 import hashlib
 import io
-import math
 import os
 import re
 import shutil
@@ -21,7 +25,8 @@ from tqdm import tqdm
 
 from cli import UserError, one_line
 
-NAMED = {  # name → (class in torchvision.datasets, where its archives can be put by hand, its unpacked files)
+# name → class in torchvision.datasets, folder for archives downloaded by hand, the unpacked files
+NAMED = {
     "mnist": ("MNIST", "MNIST/raw", "MNIST/raw/*-ubyte"),
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", "FashionMNIST/raw/*-ubyte"),
     "kmnist": ("KMNIST", "KMNIST/raw", "KMNIST/raw/*-ubyte"),
@@ -29,10 +34,14 @@ NAMED = {  # name → (class in torchvision.datasets, where its archives can be 
 }
 DATASETS = ("glyphs", *NAMED)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+BLOCK = 1000  # images in memory at a time while a folder is decoded
 
 
-def grey(images, transform):
-    """uint8 [N, C, H, W] in NumPy → its luminance (ITU-R BT.601) in one channel, or the same in three."""
+# ------------------------------------------------------------------------------------------------------------
+# Pixels
+
+def grayscale(images, transform):
+    """uint8 [N, C, H, W] in NumPy → the luminance (ITU-R BT.601) in one channel, or the same in three."""
     if images.shape[1] == 3:
         weights = torch.tensor([0.299, 0.587, 0.114])
         images = torch.cat([torch.einsum("nchw,c->nhw", part.float(), weights).round().byte()[:, None]
@@ -40,29 +49,31 @@ def grey(images, transform):
     return images.repeat(3, axis=1) if transform == "grayscale3" else images
 
 
-def fit(image, size):
+def cover(image, size):
     """A PIL image, scaled to cover (H, W) and cropped at its centre."""
     from PIL import Image, ImageOps
     return ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BICUBIC)
 
 
 def resize(images, size):
-    """The same for uint8 [N, C, H, W], in NumPy."""
+    """`cover` for uint8 [N, C, H, W] in NumPy."""
     from PIL import Image
     grey = images.shape[1] == 1
-    small = np.stack([np.asarray(fit(Image.fromarray(i[0] if grey else i.transpose(1, 2, 0)), size))
+    small = np.stack([np.asarray(cover(Image.fromarray(i[0] if grey else i.transpose(1, 2, 0)), size))
                       for i in images])
     return small[:, None] if grey else np.ascontiguousarray(small.transpose(0, 3, 1, 2))
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The cache: .npy files, mapped into memory, read without pickle
+
 def cached(data_dir, key, count, make):
-    """The `count` arrays that `make(files)` writes as .npy, each into an open file of its own, kept in
-    data_dir/cache/key. A cache that cannot be read is made again; where none can be written, the arrays are
-    held in memory.
+    """`count` arrays from data_dir/cache/key. If they cannot be read, `make(files)` writes each of them as
+    .npy into an open file. If no file can be written there, the arrays are kept in memory.
     """
     folder = data_dir / "cache" / key
 
-    def read():  # mapped copy-on-write, since torch wants tensors that could be written
+    def read():  # mapped copy-on-write, because torch wants writable memory
         return [np.load(folder / f"{number}.npy", mmap_mode="c", allow_pickle=False)
                 for number in range(count)]
     with contextlib.suppress(Exception):  # damaged bytes may raise anything
@@ -74,7 +85,7 @@ def cached(data_dir, key, count, make):
             make([stack.enter_context(open(partial / f"{number}.npy", "w+b")) for number in range(count)])
         try:
             os.replace(partial, folder)
-        except OSError:  # there is one already: another process was first, or it is the damaged one
+        except OSError:  # the folder exists: it is damaged, or another process was faster
             with contextlib.suppress(Exception):
                 return read()
             shutil.rmtree(folder)
@@ -89,44 +100,72 @@ def cached(data_dir, key, count, make):
     return [np.load(io.BytesIO(file.getbuffer())) for file in files]
 
 
-def save(files, arrays):
+def save_arrays(files, arrays):
     for file, array in zip(files, arrays):
         np.save(file, array, allow_pickle=False)
 
 
 def signature(about, folder, files):
-    """Of what is cached about files: it changes where a file in that folder is new, gone or changed."""
+    """A hash for a cache of these files: it changes if a file in the folder is new, gone or changed.
+
+    about: what else the cached arrays depend on
+    """
     digest = hashlib.sha256(repr(about).encode())
     for path in files:
-        with contextlib.suppress(OSError):  # a link to nowhere or to itself: who reads it will name it
+        with contextlib.suppress(OSError):  # a broken link is reported when it is read
             status = path.stat()
             digest.update(f"{os.fspath(path.relative_to(folder))!r} {status.st_size} {status.st_mtime_ns}\n"
                           .encode())
     return digest.hexdigest()[:16]
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Datasets of torchvision
+
+def import_torchvision():
+    """Import torchvision, also beside a torch that its compiled operators were not built for (CPU-only
+    torch).
+
+    This project uses none of these operators. But importing torchvision registers Python code for some of
+    them, which fails if they are missing. So each missing operator is declared to torch, without code.
+    """
+    while True:
+        try:
+            import torchvision
+            return torchvision
+        except RuntimeError as error:
+            missing = re.search(r"operator (torchvision::\w+) does not exist", str(error))
+            if not missing:
+                raise
+            torch.library.define(missing[1], "() -> ()")  # raises for the same name twice: the loop ends
+
+
 def read_named(dataset, data_dir, download):
-    """→ (train images, labels), (test images, labels), class names, in NumPy; from the cache, or else from
-    what torchvision reads, whose import takes a second.
+    """→ (train images, labels), (test images, labels), class names, in NumPy. From the cache, or else through
+    torchvision, whose import takes a second.
     """
     def key():
         return f"{dataset}-{signature(1, data_dir, sorted(data_dir.glob(NAMED[dataset][2])))}"
 
     arrays = None
     if not (data_dir / "cache" / key()).is_dir():
-        arrays = fetch(dataset, data_dir, download)  # before the key is made of the files
+        arrays = fetch(dataset, data_dir, download)  # first, because the key depends on the unpacked files
     images, labels, test_images, test_labels, classes = cached(
-        data_dir, key(), 5, lambda files: save(files, arrays or fetch(dataset, data_dir, download)))
+        data_dir, key(), 5,
+        lambda files: save_arrays(files, arrays or fetch(dataset, data_dir, download)))
     return (images, labels), (test_images, test_labels), classes.tolist()
 
 
 def fetch(dataset, data_dir, download):
-    """→ train images, labels, test images, labels, class names; downloaded where they are not there."""
-    torchvision = _torchvision()
+    """→ train images, labels, test images, labels, class names; downloaded if they are not there
+
+    Raises UserError if that fails.
+    """
+    torchvision = import_torchvision()
     name, by_hand, _ = NAMED[dataset]
     source, folder = getattr(torchvision.datasets, name), data_dir / by_hand
     names = [file for file, _ in source.resources] if hasattr(source, "resources") else [source.filename]
-    archives = [folder / file for file in names if not (folder / file).exists()]  # the user's own stay
+    archives = [folder / file for file in names if not (folder / file).exists()]  # to delete; not the user's
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
@@ -135,7 +174,7 @@ def fetch(dataset, data_dir, download):
     except Exception as error:
         if not download:
             raise UserError(f"{dataset} is not in {folder}; --data_dir says where it is")
-        raise UserError(f"{dataset} could not be fetched ({one_line(error)}): put its files into "
+        raise UserError(f"{dataset} could not be downloaded ({one_line(error)}): put its files into "
                         f"{folder.resolve()}, or use --dataset glyphs, which needs no network")
     finally:
         socket.setdefaulttimeout(timeout)
@@ -149,48 +188,63 @@ def fetch(dataset, data_dir, download):
     return [*arrays, np.array([name.split(" - ")[0] for name in parts[0].classes])]  # MNIST's are "3 - three"
 
 
+# ------------------------------------------------------------------------------------------------------------
+# A folder of images
+
 def read_folder(root, data_dir, image_size, transform, progress_bar):
-    """→ (train images, labels), (test images, labels), class names, CRC-32 of all images and labels; the test
-    part is empty where the folder has no train/ and test/.
+    """→ (train images, labels), (test images, labels), class names, the CRC-32 of all images and labels. The
+    test part is empty if the folder has no train/ and test/.
+
+    Raises UserError if the images cannot be used.
     """
     if not root.is_dir():
         raise UserError(f"{root} is neither one of {', '.join(DATASETS)} nor a folder of images")
-    parts = [list_images(root), ([], [])]
-    splits = {"train", "training", "val", "valid", "validation", "test", "testing"}
-    names = {name.lower() for name in parts[0][1]}
-    named = {folder.name.lower(): folder for folder in sorted(root.iterdir()) if folder.is_dir()}
-    train, test = (named.get(name, named.get(f"{name}ing")) for name in ("train", "test"))
-    if train and test:
-        both = f"{printable(train.name)}/ and {printable(test.name)}/"
-        left_out = [name for name in parts[0][1] if name not in (train.name, test.name)]
-        parts = [list_images(train), list_images(test)]
-        if parts[0][1] != parts[1][1]:
-            raise UserError(f"{printable(root)}: {both} have different classes "
-                            f"({', '.join(parts[0][1]) or 'none'}; {', '.join(parts[1][1]) or 'none'})")
-        if left_out:
-            print(f"{printable(root)}: beside {both}, {', '.join(left_out)} is left out", file=sys.stderr)
-    elif names & {"train", "training"} and names <= splits:
-        raise UserError(f"{printable(root)} has {'/, '.join(parts[0][1])}/, which look like splits, but no "
-                        "test/; give one of them a new name, or name the folder train/ itself as the dataset")
-    classes, n_train = parts[0][1], len(parts[0][0])
-    files = [(path, label) for part, _ in parts for path, label in part]
+    train, test, classes = list_splits(root)
+    files = train + test
     if not files:
-        raise UserError(f"{printable(root)} holds no images ({' '.join(sorted(SUFFIXES))}), neither flat nor "
-                        "in a folder a class")
+        raise UserError(f"{printable(root)} holds no images ({' '.join(sorted(SUFFIXES))}), neither directly "
+                        "nor in a folder for each class")
+    about = [3, image_size, transform, classes, len(train)]
     key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8] + "-" + signature(
-        [3, image_size, transform, classes, n_train], root, [path for path, _ in files])
+        about, root, [path for path, _ in files])
     images, labels, first_test, crc32, report = cached(
-        data_dir, key, 5, lambda out: decode(out, root, files, n_train, image_size, transform, progress_bar))
-    sys.stderr.write(report.tobytes().decode())  # each time, not only when they were decoded
+        data_dir, key, 5,
+        lambda out: decode(out, root, files, len(train), image_size, transform, progress_bar))
+    sys.stderr.write(report.tobytes().decode())  # each time, not only when the files are decoded
     n = int(first_test)
-    if n_train < len(files) and n == len(images):
+    if test and n == len(images):
         raise UserError(f"{printable(root)}: none of the image files in test/ can be read")
     return (images[:n], labels[:n]), (images[n:], labels[n:]), classes, int(crc32)
 
 
+def list_splits(root):
+    """→ training files, test files (none if the folder has no train/ and test/), each [(path, label)]; class
+    names
+    """
+    files, classes = list_images(root)
+    subfolders = {folder.name.lower(): folder for folder in sorted(root.iterdir()) if folder.is_dir()}
+    train, test = (subfolders.get(name, subfolders.get(f"{name}ing")) for name in ("train", "test"))
+    if train and test:
+        both = f"{printable(train.name)}/ and {printable(test.name)}/"
+        left_out = [name for name in classes if name not in (train.name, test.name)]
+        (train_files, classes), (test_files, test_classes) = list_images(train), list_images(test)
+        if classes != test_classes:
+            raise UserError(f"{printable(root)}: {both} have different classes "
+                            f"({', '.join(classes) or 'none'}; {', '.join(test_classes) or 'none'})")
+        if left_out:
+            print(f"{printable(root)}: beside {both}, {', '.join(left_out)} is left out", file=sys.stderr)
+        return train_files, test_files, classes
+    names, splits = {name.lower() for name in classes}, {"train", "training", "val", "valid", "validation",
+                                                         "test", "testing"}
+    if names & {"train", "training"} and names <= splits:
+        raise UserError(f"{printable(root)} has {'/, '.join(classes)}/, which look like splits, but no "
+                        "test/; rename one of them, or give the folder train/ itself as the dataset")
+    return files, [], classes
+
+
 def list_images(root):
-    """→ [(path, label)], class names. A subfolder is a class; without any, the files of the folder itself
-    count. Hidden files and folders are no images and no classes.
+    """→ [(path, label)], class names. Each subfolder is a class. If there is none, the files of the folder
+    itself are the images. Hidden files and folders do not count.
     """
     def visible(name):
         return not name.startswith(".") and name != "__MACOSX"
@@ -201,32 +255,31 @@ def list_images(root):
     def inside(folder):
         files = []
         for where, folders, names in os.walk(folder):
-            folders[:] = filter(visible, folders)  # the walk goes into no others
+            folders[:] = filter(visible, folders)  # os.walk then skips the others
             files += [Path(where) / name for name in names if is_image(name)]
         return sorted(files)
     folders = {printable(folder.name): inside(folder) for folder in sorted(root.iterdir())
                if folder.is_dir() and visible(folder.name)
-               and not root.resolve().is_relative_to(folder.resolve())}  # a link that leads back
+               and not root.resolve().is_relative_to(folder.resolve())}  # a link back to the root
     folders = {name: files for name, files in folders.items() if files}
-    flat = sorted(path for path in root.iterdir() if is_image(path.name) and not path.is_dir())
+    loose = sorted(path for path in root.iterdir() if is_image(path.name) and not path.is_dir())
     if not folders:
-        return [(path, 0) for path in flat], []
-    if len(flat) > sum(map(len, folders.values())):
-        raise UserError(f"{printable(root)} holds {len(flat)} images, and fewer in its folders "
+        return [(path, 0) for path in loose], []
+    if len(loose) > sum(map(len, folders.values())):
+        raise UserError(f"{printable(root)} holds {len(loose)} images, and fewer in its folders "
                         f"({', '.join(folders)}): are these classes? Move one or the other elsewhere")
-    if flat:
-        print(f"{printable(root)}: it has a folder a class, so {len(flat)} images beside them are left out",
+    if loose:
+        print(f"{printable(root)}: its folders are classes, so {len(loose)} images beside them are left out",
               file=sys.stderr)
     return [(path, label) for label, files in enumerate(folders.values()) for path in files], list(folders)
 
 
 def decode(out, root, files, n_train, image_size, transform, progress_bar):
     """Decode files [(path, label)] in parallel, into five open .npy files: images uint8 [N, C, H, W], labels
-    int64 [N], where the test begins, the CRC-32 of images and labels, and a report of the files that cannot
-    be read, as bytes. A thousand images at a time are in memory.
+    int64 [N], the number of training images, the CRC-32 of images and labels, and a report of the files that
+    cannot be read, as bytes.
 
-    One channel where every file is grey, three otherwise. Raises UserError where the sizes differ and
-    image_size does not say to which size they should go, or where no file can be read.
+    Raises UserError if sizes differ and there is no image_size, or if no file can be read.
     """
     from PIL import Image
 
@@ -237,78 +290,100 @@ def decode(out, root, files, n_train, image_size, transform, progress_bar):
             raise
         except Exception as error:  # a damaged file may raise anything
             return one_line(error)
-    kept, bad, sizes, channels, start = [], [], Counter(), 1, 0
+    images, kept, bad, sizes = ImageWriter(out[0], len(files), transform), [], [], Counter()
     with (warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool,
           tqdm(total=len(files), desc="decoding", leave=False, disable=not progress_bar) as bar):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for first in range(0, len(files), 1000):
-            part = files[first:first + 1000]
-            arrays = list(pool.map(read, (path for path, _ in part)))
-            bad += [(path, array) for (path, _), array in zip(part, arrays) if isinstance(array, str)]
+        for first in range(0, len(files), BLOCK):
+            block = files[first:first + BLOCK]
+            arrays = list(pool.map(read, (path for path, _ in block)))
+            bad += [(path, array) for (path, _), array in zip(block, arrays) if isinstance(array, str)]
             good = [i for i, array in enumerate(arrays) if not isinstance(array, str)]
             sizes.update(arrays[i].shape[:2] for i in good)
             if len(sizes) > 1:
                 (a, _), (b, _) = sizes.most_common(2)
                 raise UserError(f"{printable(root)}: its images differ in size ({a[1]}x{a[0]} and "
-                                f"{b[1]}x{b[0]}, among others); --image_size {a[0]} {a[1]}, say, brings all "
-                                f"to {a[0]} rows of {a[1]} pixels")
+                                f"{b[1]}x{b[0]}, among others); --image_size {a[0]} {a[1]}, for example, "
+                                f"makes them all {a[0]} pixels high and {a[1]} wide")
             if good:
-                size = next(iter(sizes))
-                start = start or write_header(out[0], (len(files), 3, *size))  # as long as the real one
-                block = [arrays[i] for i in good]
-                if transform != "none" or any(image.ndim == 3 for image in block):
-                    block = [image if image.ndim == 3 else image[..., None].repeat(3, 2) for image in block]
-                    block = np.stack(block).transpose(0, 3, 1, 2)
-                else:
-                    block = np.stack(block)[:, None]
-                if transform != "none":
-                    block = grey(block, transform)
-                if kept and block.shape[1] > channels:
-                    widen(out[0], start, len(kept), math.prod(size))
-                channels = max(channels, block.shape[1])
-                out[0].write(block.repeat(channels // block.shape[1], axis=1).tobytes())
+                images.append([arrays[i] for i in good])
                 kept += [first + i for i in good]
-            bar.update(len(part))
-    lines = [f"left out: {printable(path)} ({reason})\n" for path, reason in bad[:20]]
-    if bad:
-        lines.append(f"{printable(root)}: {len(bad)} of {len(files)} files cannot be read and are left out\n")
+            bar.update(len(block))
     if not kept:
         raise UserError(f"{printable(root)}: none of its {len(files)} image files can be read, such as "
                         f"{printable(bad[0][0])} ({bad[0][1]})")
+    report = [f"left out: {printable(path)} ({reason})\n" for path, reason in bad[:20]]
+    if bad:
+        report.append(f"{printable(root)}: {len(bad)} of {len(files)} files cannot be read, so left out\n")
     labels = np.array([files[i][1] for i in kept], np.int64)
-    out[0].seek(start)
-    crc32 = zlib.crc32(labels)
-    while block := out[0].read(1 << 24):
-        crc32 = zlib.crc32(block, crc32)
-    out[0].seek(0)
-    write_header(out[0], (len(kept), channels, *size))
-    for file, array in zip(out[1:], (labels, np.array(sum(i < n_train for i in kept)), np.array(crc32),
-                                     np.frombuffer("".join(lines).encode(), np.uint8))):
-        np.save(file, array, allow_pickle=False)
+    crc32 = images.finish(zlib.crc32(labels))
+    save_arrays(out[1:], (labels, np.array(sum(i < n_train for i in kept)), np.array(crc32),
+                          np.frombuffer("".join(report).encode(), np.uint8)))
 
 
-def write_header(file, shape):
-    """The head of a .npy file of uint8, as long for any number of images; → its length in bytes."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return file.tell()
-
-
-def widen(file, start, n, size):
-    """Turn n grey images of `size` bytes, from `start` on, into three channels; from the last to the first,
-    so that none is overwritten before it is read.
+class ImageWriter:
+    """Writes images of one size into an open .npy file, block by block, so that they need not fit into
+    memory. As long as all are grey, they have one channel; the first image in colour turns them all into
+    three.
     """
-    for first in reversed(range(0, n, 1000)):
-        file.seek(start + first * size)
-        block = np.frombuffer(file.read(min(1000, n - first) * size), np.uint8).reshape(-1, 1, size)
-        file.seek(start + 3 * first * size)
-        file.write(block.repeat(3, axis=1).tobytes())
-    file.seek(start + 3 * n * size)
+
+    def __init__(self, file, most, transform):
+        """most: at most so many images come"""
+        self.file, self.most, self.transform = file, most, transform
+        self.written, self.channels, self.size, self.start = 0, 1, None, 0
+
+    def append(self, images):
+        """images: a list of uint8 [H, W] or [H, W, 3]"""
+        if not self.written:
+            self.size = images[0].shape[:2]
+            self.start = self.header(self.most, 3)  # as long as the header that `finish` writes
+        if self.transform != "none" or any(image.ndim == 3 for image in images):
+            images = [image if image.ndim == 3 else image[..., None].repeat(3, 2) for image in images]
+            block = np.stack(images).transpose(0, 3, 1, 2)
+        else:
+            block = np.stack(images)[:, None]
+        if self.transform != "none":
+            block = grayscale(block, self.transform)
+        if self.written and block.shape[1] > self.channels:
+            self.widen()
+        self.channels = max(self.channels, block.shape[1])
+        self.file.write(block.repeat(self.channels // block.shape[1], axis=1).tobytes())
+        self.written += len(images)
+
+    def header(self, n, channels):
+        """Write the head of the file → its length in bytes"""
+        np.lib.format.write_array_header_1_0(
+            self.file, {"descr": "|u1", "fortran_order": False, "shape": (n, channels, *self.size)})
+        return self.file.tell()
+
+    def widen(self):
+        """Turn the images so far into three channels, the last ones first, so that none is overwritten before
+        it is read.
+        """
+        pixels = self.size[0] * self.size[1]
+        for first in reversed(range(0, self.written, BLOCK)):
+            self.file.seek(self.start + first * pixels)
+            block = self.file.read(min(BLOCK, self.written - first) * pixels)
+            self.file.seek(self.start + 3 * first * pixels)
+            self.file.write(np.frombuffer(block, np.uint8).reshape(-1, 1, pixels).repeat(3, axis=1).tobytes())
+        self.file.seek(self.start + 3 * self.written * pixels)
+
+    def finish(self, crc32):
+        """Write the true header → the CRC-32 of the images, continued from that of other data"""
+        self.file.seek(self.start)
+        while block := self.file.read(1 << 24):
+            crc32 = zlib.crc32(block, crc32)
+        self.file.seek(0)
+        self.header(self.written, self.channels)
+        return crc32
 
 
 def to_array(path, image_size):
-    """One image file → uint8 [H, W] where it is grey, else [H, W, 3]; upright, transparent parts on white."""
+    """One image file → uint8, [H, W] if it is grey, otherwise [H, W, 3]. Turned as its camera says;
+    transparent parts are white. Raises some exception if it cannot be read.
+    """
     from PIL import Image, ImageOps
-    if not path.is_file():  # a pipe would be waited for without end
+    if not path.is_file():  # reading a pipe would never end
         raise ValueError("no file")
     with Image.open(path) as image:
         kind, image = image.format, ImageOps.exif_transpose(image)
@@ -322,14 +397,23 @@ def to_array(path, image_size):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if grey else "RGB")
         if image_size:
-            image = fit(image, image_size)
+            image = cover(image, image_size)
         pixels = np.asarray(image)
         return pixels[..., 0] if palette and (pixels == pixels[..., :1]).all() else pixels
 
 
 def printable(path):
-    """A path whose name may hold bytes that are no text."""
+    """A path as text, even if its name holds bytes that are no text."""
     return os.fsencode(path).decode(errors="replace")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# glyphs: digits in the typefaces that matplotlib ships
+
+def read_glyphs(data_dir):
+    """→ (train images, labels), (test images, labels), class names, in NumPy"""
+    arrays = cached(data_dir, "glyphs-1", 4, lambda files: save_arrays(files, make_glyphs()))
+    return arrays[:2], arrays[2:], [str(digit) for digit in range(10)]
 
 
 TYPEFACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
@@ -383,29 +467,3 @@ def render_digits(strokes=(0, 2, 4)):
                 drawn[digit, f, s] = torch.from_numpy(np.array(canvas)) / 255
     small = torch.nn.functional.avg_pool2d(drawn.flatten(0, 2)[:, None], 4, 2, 1)
     return small.view(*drawn.shape[:3], 56, 56)
-
-
-def _torchvision():
-    """Import torchvision, also beside a torch for which its compiled operators were not built (a CPU-only
-    torch, say).
-
-    This project uses none of those operators, but importing torchvision registers Python code for some of
-    them and fails where they are missing. So each that it misses is declared to torch, without code behind
-    it.
-    """
-    while True:
-        try:
-            import torchvision
-            return torchvision
-        except RuntimeError as error:
-            missing = re.search(r"operator (torchvision::\w+) does not exist", str(error))
-            if not missing:
-                raise
-            torch.library.define(missing[1], "() -> ()")  # a second time for one name raises: this loop ends
-
-
-def __getattr__(name):
-    # `from datasets import torchvision` works, and only those who use it wait for its import.
-    if name == "torchvision":
-        return _torchvision()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
-"""One process or many, as torchrun starts them. One alone is process 0 of 1, for which these functions do
-nothing.
+"""One process or many, as torchrun starts them. A process on its own is process 0 of 1; for it these
+functions do nothing.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launche
 
 
 @contextlib.contextmanager
-def processes():
-    """Join the other processes while it is entered."""
-    if WORLD > 1:  # the others may wait long while one decodes the images
+def process_group():
+    """Join the other processes while the context is entered."""
+    if WORLD > 1:  # a day, because one process may decode images for hours while the others wait
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=datetime.timedelta(days=1))
     yield
@@ -24,25 +24,39 @@ def processes():
         dist.destroy_process_group()
 
 
-def share(n):
-    """This process's part of a batch of n images, as a slice → the slice, how many images it counts for.
+def shard(n):
+    """This process's part of a batch of n images → a slice of the batch, the number of images it counts for.
 
-    Where none is left for it, it computes the first one and counts it for nothing, since every process has to
-    take part in a step.
+    Every process has to take part in a step. So if there are more processes than images, a process without an
+    image of its own computes the first one and counts it for nothing.
     """
     return (slice(RANK, None, WORLD) if RANK < n else slice(0, 1)), len(range(RANK, n, WORLD))
 
 
-def total(values, op=dist.ReduceOp.SUM):
-    """Sums (or what `op` says) over all processes of a tensor that each of them has."""
+def all_reduce_sum(values):
+    """A tensor, added up over all processes."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(values):
+    """The largest values of a tensor over all processes, element by element."""
+    return _all_reduce(values, dist.ReduceOp.MAX)
+
+
+def _all_reduce(values, operation):
     if WORLD > 1:
         values = values.clone()
-        dist.all_reduce(values, op)
+        dist.all_reduce(values, operation)
     return values
 
 
-def shared(make):
-    """What `make()` gives in the first process, in all of them; where it ends that one, it ends all."""
+def barrier():
+    """Wait until every process is here."""
+    all_reduce_sum(torch.zeros(()))
+
+
+def broadcast(make):
+    """The result of `make()`, which only the first process calls. If it exits there, every process exits."""
     values = [None]
     if RANK == 0:
         try:

@@ -1,6 +1,9 @@
-"""The figures of infer.py: tensors in, PNG and GIF files or a window out. Knows nothing of checkpoints.
+"""Figures: tensors in; PNG files, GIF files or a window out. Knows no checkpoints.
 
-Each function writes one file; `title` stands above the figure, images are [N, C, H, W] in [0, 1].
+Each function writes one file. Images are [N, C, H, W] in [0, 1]. matplotlib and Pillow are imported only when
+something is drawn, because that takes most of a second.
+
+To add a picture, write a function here that draws tensors, and one in infer.py that makes them.
 """
 
 import math
@@ -13,28 +16,100 @@ import torch
 from cli import UserError
 from utils import image_grid
 
-# For --explore alone: a backend that is not installed here, such as a notebook's, would fail the import.
+# Only for --explore: a backend that is not installed here, such as a notebook's, would fail any import of it.
 BACKEND = os.environ.pop("MPLBACKEND", None)
-warnings.filterwarnings("ignore", "Glyph .* missing from")  # signs that the font lacks
+warnings.filterwarnings("ignore", "Glyph .* missing from")  # characters that the font lacks
 
 
 def new_figure(**options):
-    """An empty figure. Only here is matplotlib imported, which takes most of a second; pyplot would take
-    more, and look for a screen.
-    """
+    """An empty matplotlib figure. Without pyplot, which takes longer to import and looks for a screen."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
     rcParams["text.parse_math"] = False  # names of classes and runs may hold a $
     return Figure(**options)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Pictures with a caption, and the curves of a run
+
+def save_picture(path, caption, image):
+    """Write an image with a caption below it.
+
+    image: [3, H, W] in [0, 1]; a small one is enlarged by a whole factor
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    scale = math.ceil(640 / pixels.shape[1])
+    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    font = ImageFont.load_default(size=15)
+    characters = max(16, int((pixels.shape[1] - 16) / font.getlength("n")))
+    text = textwrap.fill(caption, characters)
+    height = 12 + 20 * (text.count("\n") + 1)
+    canvas = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + height), "white")
+    canvas.paste(Image.fromarray(pixels), (0, 0))
+    ImageDraw.Draw(canvas).multiline_text((8, pixels.shape[0] + 5), text, fill="black", font=font)
+    canvas.save(path)
+
+
+def save_grid(path, caption, images, nrow):
+    """Write images [N, C, H, W] in [0, 1] as a grid with a caption, nrow images a row."""
+    save_picture(path, caption, image_grid(images, nrow))
+
+
+def draw_curves(history, path):
+    """The metrics of a run over its epochs: loss, reconstruction, KL, bits/dim and beta, a panel for each
+    that the run has.
+
+    history: rows of metrics.csv
+    """
+    panels = [("loss", "loss at the target beta"), ("rec", "reconstruction"), ("kl", "KL"),
+              ("bpd", "bits/dim")]
+    panels = [(key, title) for key, title in panels if history[0].get("val_" + key) is not None]
+    panels += [("beta", "beta")] * (len({row["beta"] for row in history}) > 1)
+    rows = 1 if len(panels) < 4 else 2
+    columns = math.ceil(len(panels) / rows)
+    width, height = 3.8, 3.4  # inches of a panel
+    figure = new_figure(figsize=(width * columns, height * rows))
+    for i, (key, title) in enumerate(panels):  # at fixed places: matplotlib's own layout takes twice as long
+        row, column = divmod(i, columns)
+        axis = figure.add_axes([(column + 0.95 / width) / columns, (rows - 1 - row + 0.5 / height) / rows,
+                                (1 - 1.05 / width) / columns, (1 - 0.8 / height) / rows])
+        draw_metric(axis, history, key, title)
+    figure.savefig(path, dpi=100)
+
+
+def draw_metric(axis, history, key, title):
+    from matplotlib.ticker import MaxNLocator
+    epochs = [row["epoch"] for row in history]
+    best = min(history, key=lambda row: row["val_loss"])["epoch"]
+    curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
+    for prefix, label in curves.items():
+        axis.plot(epochs, [row[prefix + key] for row in history], label=label,
+                  marker="." if len(epochs) < 30 else "")
+    axis.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
+    axis.set(title=title, xlabel="epoch")
+    axis.ticklabel_format(useOffset=False)
+    values = [row[prefix + key] for row in history for prefix in curves]
+    if 0 < 10 * min(values) < max(values):  # with annealing, the KL of the first epoch would hide the rest
+        axis.set_yscale("log")
+    if key in ("loss", "rec", "kl"):  # a squared error has no unit
+        axis.set_ylabel("nats per image" if key == "kl" or "val_bpd" in history[0] else "per image")
+    if key == "beta":
+        axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures of infer.py; `title` stands above each
+
 def array(image):
-    """[C, H, W] in [0, 1] → what imshow takes, [H, W, 3]."""
+    """[C, H, W] in [0, 1] → what imshow takes, [H, W, 3]"""
     return image.float().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
 
 
 def colours(n):
-    """n colours that can be told apart, as well as n allows."""
+    """n colours, as different as n allows."""
     from matplotlib import colormaps
     return [colormaps["tab10" if n <= 10 else "tab20"](i) for i in range(n)] if n <= 20 else \
         [colormaps["turbo"](i / (n - 1)) for i in range(n)]
@@ -45,7 +120,7 @@ def short(text, most=24):
 
 
 def labelled_grid(path, title, images, columns, row_labels=None, column_labels=None):
-    """A grid of images, `columns` a row, with labels at its left and above it."""
+    """A grid of images, `columns` a row, with labels on its left and above it."""
     height, width = images.shape[-2:]
     grid = array(image_grid(images, columns))
     scale, dpi = max(math.ceil(56 / max(height, width)), math.ceil(18 / height), math.ceil(44 / width)), 100
@@ -67,7 +142,7 @@ def labelled_grid(path, title, images, columns, row_labels=None, column_labels=N
 def latents(path, title, points, labels, names, axes):
     """A scatter of latents by class.
 
-    points: [N, 2]; labels: [N]; names: of the classes, none of which there may be; axes: what x and y are
+    points: [N, 2]; labels: [N]; names: of the classes, possibly none; axes: the labels of x and y
     """
     figure = new_figure(figsize=(7.5, 6), layout="constrained")
     scatter(figure.subplots(), points, labels, names)
@@ -89,9 +164,10 @@ def scatter(axis, points, labels, names):
 
 
 def units(path, title, kl, active, t, densities):
-    """KL by latent dimension, most active first, and the aggregate posterior of the first few.
+    """The KL of each latent dimension, and the aggregate posterior of some dimensions beside N(0, 1).
 
-    kl, active: [D], in the order to show them in; t: [T]; densities: name → [T], beside which N(0, 1) is set
+    kl, active: [D], in the order of the figure; t: [T]; densities: name of a dimension → its density at t,
+    [T]
     """
     figure = new_figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(textwrap.fill(title, 120), fontsize=10, x=0.01, ha="left")
@@ -124,8 +200,8 @@ def units(path, title, kl, active, t, densities):
 
 
 def progress(path, title, frames, most=60):
-    """An animated GIF of picture files, which have their own titles, the last one held; of more than `most`
-    evenly chosen ones.
+    """An animated GIF of picture files, whose last picture stays longer. Of more than `most` files it takes
+    evenly spaced ones. Raises UserError if one cannot be read.
     """
     from PIL import Image
     chosen = sorted({round(i * (len(frames) - 1) / (most - 1)) for i in range(most)})
@@ -135,7 +211,7 @@ def progress(path, title, frames, most=60):
             with Image.open(frames[i]) as image:
                 images.append(image.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
         except OSError as error:
-            raise UserError(f"{frames[i]} cannot be read ({error}); without it the others make the film")
+            raise UserError(f"{frames[i]} cannot be read ({error}); delete it to use the others")
     images[0].save(path, save_all=True, append_images=images[1:], loop=0,
                    duration=[300] * (len(images) - 1) + [2000])
 
@@ -143,8 +219,8 @@ def progress(path, title, frames, most=60):
 def compare(path, title, columns):
     """Models side by side.
 
-    columns: of each model the lines of its caption, the same number for all; samples and reconstructions,
-        grids [3, H, W] in [0, 1] (None where there are none); name → text, the same names for all
+    columns: for each model (the lines of its caption, samples, reconstructions, table): captions of the same
+        number of lines; two grids [3, H, W] in [0, 1], or None; name → text, with the same names
     """
     cell, gap, line, margin = 3.2, 0.15, 0.19, 1.45  # inches
     heights = [max((cell * grid.shape[1] / grid.shape[2] for grid in grids if grid is not None), default=0)
@@ -178,13 +254,16 @@ def compare(path, title, columns):
     figure.savefig(path, dpi=100)
 
 
-class Explorer:
-    """A window with one decoded image, sliders for its latent, and what else changes it.
+# ------------------------------------------------------------------------------------------------------------
+# The explorer
 
-    decode: z [1, D], class (None where there are no `classes`) → an image [C, H, W] in [0, 1]
-    draw: () → z [D] from the prior; start: z [D] and class to begin with
-    sliders: dimensions, most active first; centre, spread: [D], sliders reach from -3 to 3 spreads
-    points, labels, names: of the scatter, see `scatter`; origin [D], directions [2, D]: its plane
+class Explorer:
+    """A window with one decoded image, sliders for its latent, a map of latents, and a choice of the class.
+
+    decode: z [1, D], class (None without `classes`) → an image [C, H, W] in [0, 1]
+    draw: () → z [D] from the prior; start: the first z [D] and class
+    sliders: dimensions, most active first; centre, spread: [D]; a slider goes from -3 to 3 spreads
+    points, labels, names: of the map, see `scatter`; origin [D], directions [2, D]: the plane of the map
     """
 
     def __init__(self, title, decode, draw, start, sliders, centre, spread, points, labels, names, origin,
@@ -237,7 +316,7 @@ class Explorer:
         return array(self.decode(self.z[None], self.label))
 
     def show(self):
-        """Bring everything in line with the latent and the class."""
+        """Draw the current latent and class in all parts of the window."""
         self.picture.set_data(self.image())
         self.mark.set_data(*((self.directions @ (self.z - self.origin))[:, None].tolist()))
         for slider, dimension in zip(self.sliders, self.dimensions):
@@ -274,10 +353,10 @@ class Explorer:
 
 
 def want_window():
-    """Raises UserError where no window can be opened."""
+    """Raises UserError if no window can be opened."""
     from matplotlib import pyplot, rcParams
     from matplotlib.backends import BackendFilter, backend_registry
-    rcParams["webagg.address"] = "127.0.0.1"  # no other machine sees the page
+    rcParams["webagg.address"] = "127.0.0.1"  # so that no other machine sees the page
     try:
         if BACKEND:
             pyplot.switch_backend(BACKEND)
@@ -291,69 +370,6 @@ def want_window():
 
 
 def show():
-    """Until the user closes the window."""
+    """Show the window until the user closes it."""
     from matplotlib import pyplot
     pyplot.show()
-
-
-def save_picture(path, caption, image):
-    """Write one image with a caption below it as PNG.
-
-    image: [3, H, W] in [0, 1]; enlarged by a whole factor where it is small
-    """
-    from PIL import Image, ImageDraw, ImageFont
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    scale = math.ceil(640 / pixels.shape[1])
-    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-    font = ImageFont.load_default(size=15)
-    characters = max(16, int((pixels.shape[1] - 16) / font.getlength("n")))
-    text = textwrap.fill(caption, characters)
-    height = 12 + 20 * (text.count("\n") + 1)
-    canvas = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + height), "white")
-    canvas.paste(Image.fromarray(pixels), (0, 0))
-    ImageDraw.Draw(canvas).multiline_text((8, pixels.shape[0] + 5), text, fill="black", font=font)
-    canvas.save(path)
-
-
-def save_grid(path, caption, images, nrow):
-    """Write images [N, C, H, W] in [0, 1] as one captioned PNG, nrow images a row."""
-    save_picture(path, caption, image_grid(images, nrow))
-
-
-def draw_curves(history, path):
-    """The metrics as a picture: a panel each for loss, reconstruction, KL, bits/dim where there are any, and
-    beta where it changes, in one row or two.
-    """
-    from matplotlib.ticker import MaxNLocator
-    panels = [("loss", "loss at the target beta"), ("rec", "reconstruction"), ("kl", "KL"),
-              ("bpd", "bits/dim"), ("beta", "beta")]
-    panels = [(key, title) for key, title in panels
-              if (len({row["beta"] for row in history}) > 1 if key == "beta"
-                  else history[0].get("val_" + key) is not None)]
-    best = min(history, key=lambda row: row["val_loss"])["epoch"]
-    epochs = [row["epoch"] for row in history]
-    rows = 1 if len(panels) < 4 else 2
-    columns = math.ceil(len(panels) / rows)
-    width, height = 3.8, 3.4  # inches, of a panel
-    figure = new_figure(figsize=(width * columns, height * rows))
-    for i, (key, title) in enumerate(panels):  # in set places: a layout that fits itself takes twice as long
-        row, column = divmod(i, columns)
-        axis = figure.add_axes([(column + 0.95 / width) / columns, (rows - 1 - row + 0.5 / height) / rows,
-                                (1 - 1.05 / width) / columns, (1 - 0.8 / height) / rows])
-        curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
-        for prefix, label in curves.items():
-            axis.plot(epochs, [row[prefix + key] for row in history], label=label,
-                      marker="." if len(epochs) < 30 else "")
-        axis.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
-        axis.set(title=title, xlabel="epoch")
-        axis.ticklabel_format(useOffset=False)
-        values = [row[prefix + key] for row in history for prefix in curves]
-        if 0 < 10 * min(values) < max(values):  # without a penalty the first KL would hide the rest
-            axis.set_yscale("log")
-        if key in ("loss", "rec", "kl"):  # a squared error has no unit
-            axis.set_ylabel("nats per image" if key == "kl" or "val_bpd" in history[0] else "per image")
-        if key == "beta":
-            axis.set_ylim(bottom=0)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend()
-    figure.savefig(path, dpi=100)

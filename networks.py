@@ -1,5 +1,7 @@
-"""Encoders and decoders. No batch normalisation and no dropout, which would make a step depend on more than
-its own images.
+"""Encoders, from normalised images [B, C, H, W] to numbers [B, outputs], and decoders, from z [B,
+latent_size] to a likelihood's params [B, channels, H, W]. For images of any size from 8×8 up.
+
+There is no batch normalisation and no dropout: both break exact resume and evaluation with averaged weights.
 """
 
 import math
@@ -9,7 +11,7 @@ from torch import nn
 
 
 class MLPEncoder(nn.Module):
-    """Normalised images [B, C, H, W] → [B, outputs]."""
+    """Linear layers of the widths hidden_dims, with ReLU; no hidden layer makes it linear."""
 
     def __init__(self, shape, outputs, hidden_dims=(512,)):
         super().__init__()
@@ -22,8 +24,7 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """z [B, latent_size] → the likelihood's parameters [B, channels, H, W]; the encoder's widths in reverse.
-    """
+    """The encoder's widths in reverse."""
 
     def __init__(self, shape, channels, latent_size, hidden_dims=(512,)):
         super().__init__()
@@ -37,10 +38,10 @@ class MLPDecoder(nn.Module):
 
 
 def pyramid(shape, num_filters, growth=(1, 4, 8)):
-    """Sizes and widths of the levels: halved (rounding up) until neither side is above 8, at least once.
+    """Sizes and widths of the levels of a convolutional network. Each level halves both sides (rounding up),
+    until neither is above 8, at least once. Level i has num_filters · growth[i] channels, or the last growth.
 
-    The first level has num_filters channels, the others `growth` times as many: four times in the second
-    holds as many activations. → [(H, W), (⌈H/2⌉, ⌈W/2⌉), …], [channels of the first halving, …]
+    → [(H, W), (⌈H/2⌉, ⌈W/2⌉), …], [channels of the first halving, …]
     """
     sizes = [tuple(shape[1:])]
     while len(sizes) == 1 or max(sizes[-1]) > 8:
@@ -49,7 +50,7 @@ def pyramid(shape, num_filters, growth=(1, 4, 8)):
 
 
 class CNNEncoder(nn.Module):
-    """Normalised images [B, C, H, W] → [B, outputs]; a 3×3 convolution of stride 2 a level."""
+    """A 3×3 convolution of stride 2 for each level, then a linear layer."""
 
     def __init__(self, shape, outputs, num_filters=8):
         super().__init__()
@@ -61,14 +62,13 @@ class CNNEncoder(nn.Module):
     def forward(self, x):
         for conv in self.convs:
             x = F.relu(conv(x))
-        return self.out(x.permute(0, 2, 3, 1).flatten(1))  # channels last, as they lie in memory: no copy
+        return self.out(x.permute(0, 2, 3, 1).flatten(1))  # channels last, as in memory: no copy
 
 
 class CNNDecoder(nn.Module):
-    """z [B, latent_size] → the likelihood's parameters [B, channels, H, W].
-
-    At each level a 3×3 convolution, then twice the size: nearest neighbours inside, and at the end a pixel
-    shuffle (Shi et al. 2016), whose convolution runs at half the size and so costs a quarter.
+    """For each level a 3×3 convolution, then twice the size: nearest neighbours inside the network, and a
+    pixel shuffle (Shi et al. 2016) at its end, whose convolution runs at half the size and so costs a
+    quarter.
     """
 
     def __init__(self, shape, channels, latent_size, num_filters=8):
@@ -85,12 +85,12 @@ class CNNDecoder(nn.Module):
         for conv, size in zip(self.convs, self.sizes[1:]):
             x = F.interpolate(F.relu(conv(x)), size)
         height, width = self.sizes[-1]
-        # an odd side came out one pixel too long
+        # a side of odd length comes out one pixel too long
         return F.pixel_shuffle(self.out(x), 2)[..., :height, :width]
 
 
 class Residual(nn.Module):
-    """x + f(x), where f is two layers of x's width, non-linearities first (He et al. 2016)."""
+    """x + f(x), where f is two layers that keep the width, non-linearities first (He et al. 2016)."""
 
     def __init__(self, layer, width):
         super().__init__()
@@ -105,14 +105,14 @@ def conv3(inputs, outputs, stride=1):
 
 
 def residual_layers(widths):
-    """For each width but the first a linear layer to it, a residual block and a SiLU."""
+    """For each width after the first: a linear layer to it, a residual block and a SiLU."""
     return nn.Sequential(*(layer for i, o in zip(widths, widths[1:])
                            for layer in (nn.Linear(i, o), Residual(nn.Linear, o), nn.SiLU())))
 
 
 class ResNetEncoder(nn.Module):
-    """Normalised images [B, C, H, W] → [B, outputs]: at each level a convolution of stride 2 and residual
-    blocks, one at the first level and two at the others; then residual layers of the widths hidden_dims.
+    """For each level a convolution of stride 2 and residual blocks, one at the first level and two at the
+    others; then residual layers of the widths hidden_dims.
     """
 
     def __init__(self, shape, outputs, hidden_dims=(512,), num_filters=8):
@@ -131,8 +131,8 @@ class ResNetEncoder(nn.Module):
 
 
 class ResNetDecoder(nn.Module):
-    """z [B, latent_size] → the likelihood's parameters [B, channels, H, W]: the encoder in reverse, without
-    residual blocks at the level of the largest images; each level ends with a pixel shuffle.
+    """The encoder in reverse, without residual blocks at the largest size; each level ends with a pixel
+    shuffle.
     """
 
     def __init__(self, shape, channels, latent_size, hidden_dims=(512,), num_filters=8):
@@ -152,11 +152,12 @@ class ResNetDecoder(nn.Module):
         x = self.stem(self.hidden(z)).view(len(z), *self.sizes[0], -1).permute(0, 3, 1, 2)
         x = self.widen(x)
         for level, (height, width) in zip(self.levels, self.sizes[1:]):
-            x = level(x)[..., :height, :width]  # an odd side came out one pixel too long
+            x = level(x)[..., :height, :width]  # a side of odd length comes out one pixel too long
         height, width = self.sizes[-1]
         return F.pixel_shuffle(self.out(F.silu(x)), 2)[..., :height, :width]
 
 
+# name → encoder, decoder, their arguments besides sizes
 NETWORKS = {"mlp": (MLPEncoder, MLPDecoder, ["hidden_dims"]),
             "cnn": (CNNEncoder, CNNDecoder, ["num_filters"]),
             "resnet": (ResNetEncoder, ResNetDecoder, ["hidden_dims", "num_filters"])}

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 def lr_schedule(mode, lr, steps):
     """The learning rate as a function of the number of steps already taken, of `steps` in all.
 
-    constant: lr. cosine: up in a straight line over the first hundredth, then down to 0 along half a cosine
+    constant: lr. cosine: a straight line up over the first hundredth, then half a cosine down to 0
     (Loshchilov & Hutter 2017, eq. 5, without restarts).
     """
     if mode == "constant":
@@ -22,24 +22,16 @@ def lr_schedule(mode, lr, steps):
 
 
 @torch.no_grad()
-def orthogonalize(matrices):
-    """[N, R, C] → of each matrix U S Vᵀ (its singular value decomposition) roughly U Vᵀ: singular values
-    between about 0.7 and 1.2, but for those that were hardly there. By the Newton-Schulz iteration of Muon
-    (Jordan et al. 2024), which is products alone.
-    """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
+def update_ema(ema, model, decay):
+    """ema ← decay · ema + (1 - decay) · model, for all weights."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, for one group of parameters. Without what torch's does at each step for other uses, a small
-    model's step is a thirtieth shorter; without what keeps it apart from torch.compile, a start most of a
-    second, since that is not imported.
+    """torch's AdamW for one group of parameters, with the same steps to the last bit.
+
+    torch's own class imports torch's compiler when it is made, and does work in each step for uses that this
+    project has not.
     """
     add_param_group, state_dict, load_state_dict = map(inspect.unwrap, (
         torch.optim.AdamW.add_param_group, torch.optim.AdamW.state_dict, torch.optim.AdamW.load_state_dict))
@@ -66,33 +58,33 @@ class AdamW(torch.optim.AdamW):
 
 
 class Muon(AdamW):
-    """Muon (Jordan et al. 2024) for matrices, also embeddings and, as [outputs, inputs · 9], convolutions,
-    and AdamW for vectors. A matrix's step is its momentum, orthogonalised and made as long as AdamW's, so
-    that one learning rate and weight decay fit both (Liu et al. 2025).
+    """Muon (Jordan et al. 2024) for matrices, AdamW for vectors. Embeddings are matrices, and so are
+    convolutions, as [outputs, inputs · height · width].
 
-    torch.optim.Muon takes no convolutions, and one matrix after the other. Processes on unlike machines round
-    these products differently.
+    A matrix's step is its momentum, orthogonalised, and scaled to the length of an AdamW step, so that one
+    learning rate and one weight decay fit both (Liu et al. 2025). torch.optim.Muon takes no convolutions, and
+    one matrix after the other. Processes on different hardware round these products differently.
     """
 
     def __init__(self, parameters, **options):
         super().__init__(parameters, **options)
-        self.alike = {}  # matrices, by shape: those of one shape take one product
+        self.by_shape = {}  # matrices of one shape are orthogonalised in one batch
         for parameter in self.param_groups[0]["params"]:
             if parameter.ndim > 1:
-                self.alike.setdefault(parameter.shape, []).append(parameter)
+                self.by_shape.setdefault(parameter.shape, []).append(parameter)
 
     @torch.no_grad()
     def step(self):
         options = self.param_groups[0]
-        for shape, matrices in self.alike.items():
+        for shape, matrices in self.by_shape.items():
             updates = []
             for matrix in matrices:
                 state = self.state[matrix]
-                if not state:  # AdamW, when it loads a state, looks for the step in each
+                if not state:  # load_state_dict of AdamW expects "step" in each
                     state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(matrix)}
                 momentum = state["exp_avg"].lerp_(matrix.grad, 0.05)
                 updates.append(matrix.grad.lerp(momentum, 0.95).flatten(1))  # Nesterov's
-                matrix.grad = None  # AdamW has nothing to do there
+                matrix.grad = None  # so that AdamW leaves the matrix alone
             updates = orthogonalize(torch.stack(updates))
             length = 0.2 * math.sqrt(max(updates.shape[1:]))
             for matrix, update in zip(matrices, updates):
@@ -102,6 +94,14 @@ class Muon(AdamW):
 
 
 @torch.no_grad()
-def follow(ema, model, decay):
-    """ema ← decay · ema + (1 - decay) · model, for all weights."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+def orthogonalize(matrices):
+    """Matrices U S Vᵀ [N, R, C] (their singular value decompositions) → about U Vᵀ: singular values between
+    0.7 and 1.2, except those that were almost 0. By the Newton-Schulz iteration of Muon (Jordan et al. 2024).
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x

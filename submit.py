@@ -7,25 +7,25 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from cli import ArgumentParser, UserError, call, one_line
-from runs import COLUMNS, atomic_write, checkpoint_bytes, checkpoint_file, csv_bytes, load_checkpoint
+from cli import ArgumentParser, UserError, one_line, run_script
+from runs import COLUMNS, atomic_write, checkpoint_bytes, csv_bytes, find_checkpoint, load_checkpoint
 
-CODE = ("*.py", "README.md", "requirements.txt", "LICENSE")
+CODE = ("*.py", "tests/*.py", "README.md", "requirements.txt", "pyproject.toml", "LICENSE")
 RESULTS = ("*.png", "*.gif", "*.csv", "*.json")
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Pack the code, a checkpoint and its run's pictures into a zip from "
                                         "which infer.py runs.")
-    parser.add_argument("--ckpt", type=Path, metavar="FILE",
-                        help="(default: the newest checkpoints/**/best.pt)")
+    parser.add_argument("--ckpt", type=Path, nargs="?", metavar="FILE",
+                        help="(default, also without a file: the newest checkpoints/**/best.pt)")
     parser.add_argument("--out", type=Path, default=Path("submission.zip"), metavar="FILE",
-                        help="(default: %(default)s)")
+                        help="where the zip goes")
     parser.add_argument("--half", action="store_true",
-                        help="weights in 16 bits: half the size, and pictures that differ by less than shows "
-                             "(default: 32)")
+                        help="store weights in 16 bits: half the size, and no visible difference in pictures "
+                             "(default: 32 bits)")
     args = parser.parse_args(argv)
-    args.ckpt = checkpoint_file(parser, args.ckpt)
+    args.ckpt = find_checkpoint(parser, args.ckpt)
     if args.out.suffix != ".zip" or args.out.is_dir():
         parser.error(f"argument --out: {str(args.out)!r} is not allowed, only a file that ends in .zip")
     if not args.out.parent.is_dir():
@@ -33,37 +33,37 @@ def parse_args(argv=None):
     return args
 
 
-def for_drawing(state, half):
-    """A checkpoint without what only training needs, to lie beside the code."""
-    args = {**state["args"], "results_dir": "results", "checkpoint_dir": "checkpoints"}
-    model = state.get("ema") or state["model"]
+def for_drawing(checkpoint, half):
+    """A checkpoint without what only training needs, with the folders that it has in the zip."""
+    args = {**checkpoint["args"], "results_dir": "results", "checkpoint_dir": "checkpoints"}
+    model = checkpoint.get("ema") or checkpoint["model"]
     if half:
         model = {name: value.half() for name, value in model.items()}
-    return {**state, "args": args, "model": model, "ema": None, "optimizer": None}
+    return {**checkpoint, "args": args, "model": model, "ema": None, "optimizer": None}
 
 
 def contents(ckpt, half=False):
-    """→ the name in the zip of the checkpoint, and of every file its bytes."""
-    here, state = Path(__file__).parent, load_checkpoint(ckpt)
-    run = state["args"]["log_dir"]
-    packed, results = f"checkpoints/{run}/best.pt", Path(state["args"]["results_dir"], run)
-    files = {path.name: path.read_bytes() for pattern in CODE for path in here.glob(pattern)
-             if path.is_file() and not path.is_symlink()}
+    """→ the name of the checkpoint in the zip; name → bytes of every file"""
+    here, checkpoint = Path(__file__).parent, load_checkpoint(ckpt)
+    run = checkpoint["args"]["log_dir"]
+    packed, results = f"checkpoints/{run}/best.pt", Path(checkpoint["args"]["results_dir"], run)
+    files = {path.relative_to(here).as_posix(): path.read_bytes() for pattern in CODE
+             for path in here.glob(pattern) if path.is_file() and not path.is_symlink()}
     for name in re.findall(r"\]\((results/[^)]+)\)", files.get("README.md", b"").decode()):
         if (here / name).is_file():
             files[name] = (here / name).read_bytes()
     metrics = results / "metrics.csv"
-    if metrics.is_file() and metrics.read_bytes().startswith(csv_bytes(COLUMNS, state["history"])):
+    if metrics.is_file() and metrics.read_bytes().startswith(csv_bytes(COLUMNS, checkpoint["history"])):
         for path in [path for pattern in RESULTS for path in results.glob(pattern)]:
             files[f"results/{run}/{path.name}"] = path.read_bytes()
     else:
         print(f"{results} is not there, or of another run than {ckpt}: packed without pictures",
               file=sys.stderr)
-    return packed, {**files, packed: bytes(checkpoint_bytes(for_drawing(state, half)))}
+    return packed, {**files, packed: bytes(checkpoint_bytes(for_drawing(checkpoint, half)))}
 
 
 def prove(archive, ckpt):
-    """Unpack a zip elsewhere and draw from the checkpoint in it. Raises UserError where that fails."""
+    """Unpack the zip elsewhere and draw from its checkpoint. Raises UserError if that fails."""
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(archive) as unpacked:
             unpacked.extractall(folder)
@@ -81,7 +81,7 @@ def main(argv=None):
         archive = Path(folder, "submission.zip")
         with zipfile.ZipFile(archive, "w") as packed:
             for name in sorted(files):
-                info = zipfile.ZipInfo(name)  # without the time: packed twice, it is the same to the byte
+                info = zipfile.ZipInfo(name)  # without a time, so that it is the same to the byte each time
                 info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
                 packed.writestr(info, files[name])
         prove(archive, ckpt)
@@ -92,4 +92,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    call(main)
+    run_script(main)

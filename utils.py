@@ -1,5 +1,6 @@
-"""The small mathematics under the names that courses use, the grid of images, random streams. Imports none of
-the project's other files.
+"""The small mathematics of VAEs, under the names that courses use; the grid of images; random streams.
+
+Imports none of the project's other files.
 """
 
 import hashlib
@@ -8,12 +9,13 @@ import math
 import torch
 from torch.nn.functional import pad
 
+# ------------------------------------------------------------------------------------------------------------
+# Mathematics
 
-def upload(values, device):
-    """A tensor on a device; a GPU that is still busy is not waited for. A slice is good for any device."""
-    if isinstance(values, slice):
-        return values
-    return values.to(device, non_blocking=torch.device(device).type == "cuda")
+
+def normalize(images, levels, dtype=torch.float32):
+    """Integer levels 0 … levels - 1 → [-1, 1], any shape."""
+    return (images.to(dtype) * (2 / (levels - 1))).sub_(1)
 
 
 def sample_reparameterize(mean, std, noise=None):
@@ -33,10 +35,15 @@ def KLD(mean, log_std):
     return 0.5 * (mean * mean + torch.expm1(log_var) - log_var).sum(-1)
 
 
+def log_normal(x):
+    """log N(x; 0, I) of each row, in nats, [..., D] → [...]"""
+    return -0.5 * (x ** 2 + math.log(2 * math.pi)).sum(-1)
+
+
 def elbo_to_bpd(elbo, img_shape):
     """Bits per dimension of a negative evidence lower bound, which must be taken at beta = 1.
 
-    elbo: [B] (or its mean), in nats an image; img_shape: the batch's [B, C, H, W] → the same shape
+    elbo: [B] (or its mean), nats an image; img_shape: the batch's [B, C, H, W] → the shape of elbo
     """
     return elbo * math.log2(math.e) / math.prod(img_shape[1:])
 
@@ -50,18 +57,18 @@ def active_units(means):
     return int((means.cpu().double().var(0, correction=0) > 0.01).sum())
 
 
-def moments(batches, size, total=lambda sums: sums):
-    """The mean and the covariance of vectors, which come in batches [B, size] → float64 [size], [size, size].
+def mean_and_covariance(batches, size, all_reduce_sum=lambda sums: sums):
+    """The mean and the covariance of vectors that come in batches [B, size] → float64 [size], [size, size].
 
-    total: adds up a tensor over processes, each of which has its own batches
-    Raises FloatingPointError where a number is not finite.
+    all_reduce_sum: adds up a tensor over processes, each of which has its own batches
+    Raises FloatingPointError if a number is not finite.
     """
     sums = torch.zeros(size + 1, size + 1, dtype=torch.float64)
-    for batch in batches:  # the second moments of (x, 1): those of x, their sum and how many they are
+    for batch in batches:  # second moments of (x, 1): those of x, the sum of x, and the number of vectors
         batch = pad(batch, (0, 1), value=1.0)
         batch = (batch.cpu() if batch.device.type == "mps" else batch).double()
         sums = sums.to(batch.device) + batch.T @ batch
-    sums = total(sums.cpu())  # a process without a batch knows no other device
+    sums = all_reduce_sum(sums.cpu())  # on the CPU, since a process may have had no batch and no device
     if not sums.isfinite().all():
         raise FloatingPointError
     sums = sums / sums[-1, -1]
@@ -73,8 +80,8 @@ def beta_schedule(mode, target, epochs):
     """The weight of the KL as a function of the number of epochs already finished.
 
     constant: target. linear: target · finished / epochs, so 0 in the first epoch (and in the only one).
-    cyclical: up to four cycles, each rising linearly from 0 through its first half and staying at target for
-    the rest (Fu et al. 2019, eq. 6-7, M = 4, R = 0.5); fewer cycles where they would be shorter than two
+    cyclical: up to four cycles; each rises linearly from 0 during its first half and stays at target during
+    the second (Fu et al. 2019, eq. 6-7, M = 4, R = 0.5); fewer cycles if they would be shorter than two
     epochs.
     """
     if mode == "constant":
@@ -103,49 +110,61 @@ def visualize_manifold(decoder, grid_size=20):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Randomness: every draw is a pure function of (seed, purpose, index), so a run can stop and go on anywhere.
+# Grids of images
+
+GRID_GREY = 0.4  # the lines between images, and empty places
+
+
+def interleave(above, below, nrow):
+    """Two batches of images in the order of a grid with nrow images a row: a row of the first, the same row
+    of the second, and so on. Grey images fill up a short last row.
+    """
+    rest = torch.full((-len(above) % nrow, *above.shape[1:]), GRID_GREY)
+    rows = zip(*(torch.cat([images.float().cpu(), rest]).split(nrow) for images in (above, below)))
+    return torch.cat([part for pair in rows for part in pair])
+
+
+def image_grid(images, nrow, line=1):
+    """Images [N, C, H, W] in [0, 1] → one image of all of them [3, H', W'].
+
+    nrow: images a row; line: the width of the lines around them, in pixels. This is torchvision's make_grid,
+    without the import of torchvision, which takes a second.
+    """
+    images, nrow = images.float().cpu(), min(nrow, len(images))
+    empty = images.new_full((-len(images) % nrow, *images.shape[1:]), GRID_GREY)
+    tiles = pad(torch.cat([images, empty]), (line, 0, line, 0), value=GRID_GREY)
+    _, channels, height, width = tiles.shape
+    grid = tiles.view(-1, nrow, channels, height, width).permute(2, 0, 3, 1, 4)
+    grid = grid.reshape(channels, -1, nrow * width).expand(3, -1, -1)
+    return pad(grid, (0, line, 0, line), value=GRID_GREY)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Randomness: every draw is a pure function of (seed, purpose, index), so a run can stop and resume anywhere.
 
 def stream_seed(*key):
-    """63 bits that depend on every part of the key. A hash, since seed + step of one seed would be another's.
+    """63 bits that depend on every part of the key. A hash, because seed + step would overlap between seeds.
     """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def stream(*key, device="cpu"):
-    """A new generator for one purpose, such as stream(seed, "noise", step): on a CUDA device, else on the
-    CPU.
+    """A new generator for one purpose, such as stream(seed, "noise", step); on the CPU unless the device is
+    CUDA.
     """
     device = torch.device(device)
     return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(stream_seed(*key))
 
 
 def normal(shape, device, *key):
-    """N(0, 1) numbers from the stream of that key."""
+    """N(0, 1) numbers from the stream of that key, on the device."""
     generator = stream(*key, device=device)
     return torch.randn(shape, generator=generator, device=generator.device).to(device)
 
 
-LINES = 0.4  # grey between the images of a grid
-
-
-def interleave(above, below, nrow):
-    """Two batches of images as one for a grid of nrow images a row: a row of the first, the same of the
-    second, …; a last row that is short is filled up in the grey of the lines.
-    """
-    rest = torch.full((-len(above) % nrow, *above.shape[1:]), LINES)
-    rows = zip(*(torch.cat([images.float().cpu(), rest]).split(nrow) for images in (above, below)))
-    return torch.cat([part for pair in rows for part in pair])
-
-
-def image_grid(images, nrow, line=1):
-    """Images [N, C, H, W] in [0, 1] → one image of them [3, H', W'], nrow images a row, lines of that width
-    around them. (torchvision's make_grid would make each command wait longer, for the import.)
-    """
-    images, nrow = images.float().cpu(), min(nrow, len(images))
-    empty = images.new_full((-len(images) % nrow, *images.shape[1:]), LINES)
-    tiles = pad(torch.cat([images, empty]), (line, 0, line, 0), value=LINES)
-    _, channels, height, width = tiles.shape
-    grid = tiles.view(-1, nrow, channels, height, width).permute(2, 0, 3, 1, 4)
-    grid = grid.reshape(channels, -1, nrow * width).expand(3, -1, -1)
-    return pad(grid, (0, line, 0, line), value=LINES)
+def to_device(values, device):
+    """Copy a tensor to a device, without waiting for a busy GPU. A slice is returned as it is."""
+    if isinstance(values, slice):
+        return values
+    return values.to(device, non_blocking=torch.device(device).type == "cuda")

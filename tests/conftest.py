@@ -100,7 +100,7 @@ def fit(folder, *flags, epochs=2):
 def outcome(main, argv, capsys):
     """Exit status, stderr of a script's main in this process, as its __main__ runs it."""
     with pytest.raises(SystemExit) as stop:
-        cli.call(lambda: main([str(word) for word in argv]))
+        cli.run_script(lambda: main([str(word) for word in argv]))
     return stop.value.code, capsys.readouterr().err
 
 
@@ -175,14 +175,14 @@ def assert_same_runs(a, b):
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Send this process a signal while it trains its step `step`, counted from its start."""
-    seen, add_up = [], train.add_up
+    seen, add_terms = [], train.add_terms
 
     def interrupted(sums, terms, n):
         seen.append(n)
         if len(seen) == step:
             signal.raise_signal(number)
-        return add_up(sums, terms, n)
-    monkeypatch.setattr(train, "add_up", interrupted)
+        return add_terms(sums, terms, n)
+    monkeypatch.setattr(train, "add_terms", interrupted)
 
 
 @functools.cache
@@ -215,7 +215,7 @@ def run_quietly(said, main, argv, most):
     if most:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    cli.call(lambda: main(argv))
+    cli.run_script(lambda: main(argv))
 
 
 def wait_for(words, said, process):
@@ -280,13 +280,14 @@ import torch
 sys.path.insert(0, {here!r})
 import cli, data, distributed, model, networks, train, utils
 
-def gradients(case, n, beta=0.7):
+def gradients(case, n):
     # of the one step, in float64, that a pass over n images is
     torch.manual_seed(0)
     args = Namespace(seed=3, batch_size=max(n, 2), latent_size=3, device="cpu", precision="fp32", grad_clip=0,
                      warp=1, progress_bar=False, compile=False, epochs=1,
                      loss_mode="ae" if case == "ae" else "vae",
-                     lr_schedule="constant", lr=0, iw_train=4 if case == "weighted" else 0, ema=0,
+                     lr_schedule="constant", lr=0, beta_mode="constant", target_beta_val=0.7,
+                     iw_train=4 if case == "weighted" else 0, ema=0,
                      flip=case == "resnet")
     pixels = torch.randint(256, (n, 1, 9, 11), dtype=torch.uint8)
     split = data.Split(pixels, torch.arange(n), torch.arange(n) % 2, 2, stochastic=case == "stochastic")
@@ -296,15 +297,14 @@ def gradients(case, n, beta=0.7):
         **dict(num_classes=2) if case == "conditional" else {{}}, **dict(flow=1) if case == "flow" else {{}},
         **dict(iw_train=4) if case == "weighted" else {{}}).double()
     everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
-    trained = train.prepared(net, everything, args)
-    state = dict(epoch=0, step=0, sums=train.no_sums("cpu"))
-    sgd = torch.optim.SGD(net.parameters(), 0.0)
-    means = train.train_epoch(trained, everything, sgd, args, state, beta, lambda: None)
+    state = train.State(net, None, torch.optim.SGD(net.parameters(), 0.0), train.no_sums("cpu"))
+    train.prepare_network(state, everything, args)
+    means = train.train_epoch(state, everything, args, lambda: None)
     tested = train.test_epoch(net, split, args, "val", lambda: None)
     return [p.grad.clone() for p in net.parameters()], means, tested
 
 def all_gradients(file):
-    with distributed.processes():
+    with distributed.process_group():
         cases = ("mlp", "cnn", "resnet", "ae", "conditional", "stochastic", "weighted", "flow")
         found = {{f"{{case}} {{n}}": gradients(case, n) for case in cases for n in (8, 7, 1)}}
     if distributed.RANK == 0:
@@ -314,22 +314,22 @@ def main():
     what, rest = sys.argv[1], sys.argv[2:]
     if what == "gradients":
         return all_gradients(*rest)
-    add_up, seen = train.add_up, []
+    add_terms, seen = train.add_terms, []
     def interrupted(sums, terms, n):
         seen.append(n)
         if what != "run" and distributed.RANK == 1 and len(seen) == 25:
             if what == "fail":
                 raise cli.UserError("this one has failed")
             os.kill(os.getpid(), dict(stop=signal.SIGTERM, kill=signal.SIGKILL)[what])
-        return add_up(sums, terms, n)
-    train.add_up = interrupted
+        return add_terms(sums, terms, n)
+    train.add_terms = interrupted
     if what == "differ" and distributed.RANK:
         load = train.load
         train.load = lambda *args, **options: dataclasses.replace(load(*args, **options), crc32=1)
     train.main(rest)
 
 if __name__ == "__main__":
-    cli.call(main)
+    cli.run_script(main)
 """
 
 
@@ -338,6 +338,7 @@ def torchrun(tmp_path, monkeypatch):
     """Runs WORKER in n processes of one thread → exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "worker.py").write_text(WORKER.format(here=str(HERE)))
+    processes()  # here, because several threads may call `run` at once
     runs = itertools.count()
 
     def run(n, *words):

@@ -11,6 +11,7 @@ import cli
 from tests.conftest import write_idx
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_its_rows(workplace, capsys):
     write_idx(workplace / "data", (512, 50))
     benchmark.main(["--model", "mlp", "--batch_size", "16", "--images", "448", "--repeats", "1", "--json",

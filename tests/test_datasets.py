@@ -116,7 +116,7 @@ def test_downloaded_archives_go_and_the_users_own_stay(tmp_path, monkeypatch):
                 unpacked.parent.mkdir()
                 unpacked.write_bytes(b"1")
             self.data = np.full((40, 32, 32, 3), len(unpacked.read_bytes()), np.uint8)
-    monkeypatch.setattr(datasets.torchvision.datasets, "CIFAR10", Stub)
+    monkeypatch.setattr(datasets.import_torchvision().datasets, "CIFAR10", Stub)
     (tmp_path / "backup.tar.gz").write_text("mine")
     for times, unpacked in enumerate((None, b"12"), 1):
         if unpacked:  # a file that changes is read anew
@@ -170,14 +170,14 @@ def test_image_size_covers_and_crops_at_the_centre(tmp_path):
 
 def test_transforms(tmp_path):
     colour = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 10, 10]], np.uint8)[..., None, None]
-    assert datasets.grey(colour, "grayscale").flatten().tolist() == [76, 150, 29, 10]  # ITU-R BT.601
-    assert datasets.grey(colour, "grayscale3").shape == (4, 3, 1, 1)
-    assert datasets.grey(colour[:, :1], "grayscale3").shape == (4, 3, 1, 1)
+    assert datasets.grayscale(colour, "grayscale").flatten().tolist() == [76, 150, 29, 10]  # ITU-R BT.601
+    assert datasets.grayscale(colour, "grayscale3").shape == (4, 3, 1, 1)
+    assert datasets.grayscale(colour[:, :1], "grayscale3").shape == (4, 3, 1, 1)
     for i in range(20):
         picture(tmp_path / "in" / f"{i}.png", mode="RGB", seed=i)
     read = {transform: pixels(data.load(str(tmp_path / "in"), tmp_path, transform=transform).train)
             for transform in ("none", "grayscale", "grayscale3")}
-    luminance = torch.from_numpy(datasets.grey(read["none"].numpy(), "grayscale"))
+    luminance = torch.from_numpy(datasets.grayscale(read["none"].numpy(), "grayscale"))
     assert torch.equal(read["grayscale"], luminance)
     assert torch.equal(read["grayscale3"], luminance.expand(-1, 3, -1, -1))
 

@@ -14,6 +14,7 @@ import train
 from tests.conftest import assert_same_runs
 
 
+@pytest.mark.slow
 def test_gradients_of_two_and_three_processes_are_those_of_one(torchrun):
     runpy.run_path("worker.py")["all_gradients"]("1.pt")
     with ThreadPoolExecutor(2) as together:
@@ -29,6 +30,7 @@ def test_gradients_of_two_and_three_processes_are_those_of_one(torchrun):
             assert list(other[case][1:]) == [pytest.approx(figure, rel=1e-10) for figure in found]
 
 
+@pytest.mark.slow
 def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder, capsys):
     def argv(name):
         return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--model=mlp",
@@ -59,6 +61,7 @@ def test_processes_train_as_one_and_stop_and_go_on_together(torchrun, folder, ca
     assert last == pytest.approx(rows["one"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_job_with_its_message(torchrun, folder):
     argv = [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=100", "--batch_size=32"]
     with ThreadPoolExecutor(4) as together:

@@ -26,8 +26,8 @@ def test_reconstruction_loss_is_that_of_torch_distributions(levels, recon_loss):
         target = images.double() / (levels - 1)
         expected = -D.Bernoulli(logits=params, validate_args=False).log_prob(target)
         mean = D.Bernoulli(logits=params).mean
-    torch.testing.assert_close(net.reconstruction_loss(params, images), expected.sum((1, 2, 3)))
-    torch.testing.assert_close(net.mean_image(params), mean)
+    torch.testing.assert_close(net.likelihood.loss(params, images), expected.sum((1, 2, 3)))
+    torch.testing.assert_close(net.likelihood.mean(params), mean)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.02, 0.5, 1e3])
@@ -37,15 +37,15 @@ def test_the_discretised_logistic_is_a_distribution_over_the_levels(scale):
     base = D.TransformedDistribution(D.Uniform(0.0, 1.0), D.SigmoidTransform().inv)
     for mean in (-3.0, -1.0, -0.4, 0.013, 1.0, 2.5):
         params = torch.tensor([mean, math.log(scale)], dtype=torch.float64)[:, None, None].expand(1, 2, 8, 32)
-        p = net.log_mass(params, image).exp().flatten()
+        p = net.likelihood.log_prob(params, image).exp().flatten()
         assert p.sum().item() == pytest.approx(1, abs=1e-9)
         edges = (torch.arange(1, 256, dtype=torch.float64) * 2 - 1) / 255 - 1
         below = torch.cat([torch.zeros(1), base.cdf((edges - mean) / scale), torch.ones(1)])
         torch.testing.assert_close(p, below.diff(), rtol=1e-6, atol=1e-12)
         expected = (p * torch.arange(256)).sum() / 255
-        assert net.mean_image(params)[0, 0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-9)
+        assert net.likelihood.mean(params)[0, 0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-9)
         params = params.float().clone().requires_grad_()
-        loss = net.float().reconstruction_loss(params, image)
+        loss = net.float().likelihood.loss(params, image)
         (gradient,) = torch.autograd.grad(loss.sum(), params)
         assert loss.isfinite().all() and gradient.isfinite().all()
         net.double()
@@ -54,10 +54,10 @@ def test_the_discretised_logistic_is_a_distribution_over_the_levels(scale):
 def test_draws_of_the_discretised_logistic_follow_it():
     net = model.VAE((1, 8, 8), 16, "mlp", 2, recon_loss="logistic", hidden_dims=[4])
     params = torch.tensor([0.2, -1.5])[:, None, None].expand(20_000, 2, 8, 8)
-    draws = net.draw(params, torch.Generator().manual_seed(0))
+    draws = net.likelihood.draw(params, torch.Generator().manual_seed(0))
     for level in range(16):
         image = torch.full((1, 1, 8, 8), level, dtype=torch.uint8)
-        p = net.log_mass(params[:1], image).exp()[0, 0, 0, 0].item()
+        p = net.likelihood.log_prob(params[:1], image).exp()[0, 0, 0, 0].item()
         n = draws.numel()
         assert (draws == level).sum().item() / n == pytest.approx(p, abs=5 * (p / n) ** 0.5 + 1e-6)
 
@@ -68,8 +68,8 @@ def test_mse_is_the_summed_squared_error_on_minus_one_to_one():
     target = images.numpy() / 255.0 * 2 - 1
     mean = np.tanh(params.numpy())
     expected = ((mean - target) ** 2).sum((1, 2, 3))
-    assert net.reconstruction_loss(params, images).numpy() == pytest.approx(expected)
-    assert net.mean_image(params).numpy() == pytest.approx((mean + 1) / 2)
+    assert net.likelihood.loss(params, images).numpy() == pytest.approx(expected)
+    assert net.likelihood.mean(params).numpy() == pytest.approx((mean + 1) / 2)
 
 
 @pytest.mark.parametrize("recon_loss,levels,bits", [("mse", 256, False), ("mse", 2, False),
@@ -85,7 +85,7 @@ def test_bits_per_dimension_only_for_likelihoods_of_discrete_pixels(recon_loss, 
 def test_draws_follow_the_likelihood(levels):
     net = model.VAE((1, 8, 8), levels, "mlp", 2)
     params = 2 * torch.randn(1, 1 if levels == 2 else levels, 8, 8)
-    draws = net.draw(params.expand(20_000, -1, -1, -1), torch.Generator().manual_seed(0))
+    draws = net.likelihood.draw(params.expand(20_000, -1, -1, -1), torch.Generator().manual_seed(0))
     probabilities = torch.cat([1 - params.sigmoid(), params.sigmoid()],
                               1) if levels == 2 else params.softmax(1)
     for level in range(levels):

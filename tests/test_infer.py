@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,33 @@ from torch import distributions as D
 import data
 import infer
 import model
+import train
 from tests.conftest import HERE, encoded, fit, outcome, picture, pixels
+
+
+def test_restore_is_for_notebooks(folder, workplace):
+    fit(folder, "--conditional", epochs=1)
+    net, checkpoint = infer.restore("checkpoints/run/best.pt")
+    assert not net.training and checkpoint["epoch"] == 1 and next(net.parameters()).device.type == "cpu"
+    everything = data.load(str(folder), "data")
+    images, labels = everything.test.batch(torch.arange(5))
+    drawn, mean = net.sample(5, labels)
+    assert drawn.dtype == torch.uint8 and drawn.shape == mean.shape == (5, 1, 28, 28)
+    z, _ = net.encode(images, labels)
+    assert torch.equal(net.embed(images, labels), z)
+    assert torch.equal(net.reconstruct(images, labels), (net.decode(z, labels).tanh() + 1) / 2)
+    again, _ = infer.restore(Path("checkpoints/run/best.pt"), device="cpu")
+    assert torch.equal(again.embed(images, labels), z)
+
+
+def test_without_a_file_it_is_the_newest_checkpoint(folder, workplace, capsys):
+    for name in ("older", "newest"):
+        train.main([f"--dataset={folder}", "--model=mlp", "--epochs=1", f"--log_dir={name}"])
+        time.sleep(0.01)
+    capsys.readouterr()
+    for argv in ([], ["--ckpt"]):
+        infer.main([*argv, "--only", "samples"])
+        assert capsys.readouterr().out.splitlines() == [str(Path("results/newest/samples.png"))]
 
 
 @pytest.mark.parametrize("flags", [["--loss_mode=ae", "--model=cnn"],
@@ -159,8 +186,8 @@ def test_interpolations_go_between_classes_on_the_line_and_on_the_sphere(folder,
         assert torch.equal(middle, torch.lerp(start, other, 0.5)[None])
     taken, lines = [], []
     monkeypatch.setattr(infer, "slerp", lambda a, b, w: lines.append((a, b)) or torch.lerp(a, b, w))
-    images = infer.Subject.images
-    monkeypatch.setattr(infer.Subject, "images", lambda it, index: taken.append(images(it, index))
+    images = infer.Subject.test_images
+    monkeypatch.setattr(infer.Subject, "test_images", lambda it, index: taken.append(images(it, index))
                         or taken[-1])
     fit(folder)
     infer.main(["--only", "interpolations"])
@@ -176,7 +203,7 @@ def test_interpolations_go_between_classes_on_the_line_and_on_the_sphere(folder,
     lines.clear()
     fit(folder, "--loss_mode=ae")  # around the middle of its latents
     infer.main(["--only", "interpolations"])
-    middle = encoded(folder)[0].prior_mean
+    middle = encoded(folder)[0].fitted.mean
     assert middle.abs().max() > 0.01
     torch.testing.assert_close(lines[0], (taken[0][1][0] - middle, taken[1][1][0] - middle))
 
@@ -257,7 +284,7 @@ def test_the_explorer_follows_its_widgets(folder, workplace, monkeypatch, flags)
     def matches():  # what is seen is what the decoder makes of the latent
         label = None if window.label is None else torch.tensor([window.label])
         with torch.no_grad():
-            image = subject.model.mean_image(subject.model.decode(window.z[None], label))[0, 0]
+            image = subject.model.mean_images(window.z[None], label)[0, 0]
         return torch.allclose(image, shown(), atol=1e-5)
     first, start = shown(), window.z.clone()
     assert matches() and torch.equal(start, subject.codes.z[0])
@@ -291,6 +318,7 @@ def test_the_explorer_follows_its_widgets(folder, workplace, monkeypatch, flags)
     assert len(subject.codes.labels.unique()) == (10 if window.chooser else 1)
 
 
+@pytest.mark.slow
 def test_exploring_without_a_screen_says_what_to_do(folder, workplace, capsys, monkeypatch):
     fit(folder, epochs=1)
     script = [sys.executable, HERE / "infer.py", "--explore"]
@@ -308,8 +336,8 @@ def test_classes_with_names_that_are_no_file_names(workplace, monkeypatch):
         picture(workplace / "images" / ("a b", "t(1)")[i % 2] / f"{i}.png", seed=i)
     fit("images", "--conditional", "--latent_size=2", epochs=1)
     seen = []
-    images = infer.Subject.images
-    monkeypatch.setattr(infer.Subject, "images", lambda it, index: seen.append(images(it, index)[2])
+    images = infer.Subject.test_images
+    monkeypatch.setattr(infer.Subject, "test_images", lambda it, index: seen.append(images(it, index)[2])
                         or images(it, index))
     infer.main(["--classes", "1"])  # by number, since no class has a number for its name
     assert Path("results/run/manifold_t_1_.png").exists() and len(seen[0]) > 1 and seen[0].eq(1).all()

@@ -33,15 +33,21 @@ def test_the_importance_weighted_bound_is_that_of_torch_distributions(k):
         torch.testing.assert_close(ours, theirs)
 
 
+class GaussianOfFixedScale:
+    is_discrete = True
+
+    def loss(self, params, images):
+        return -D.Normal(params, 0.5).log_prob(utils.normalize(images, 256, params.dtype)).flatten(1).sum(1)
+
+
 class LinearGaussian(model.VAE):
     """Probabilistic PCA: x = W z + noise of standard deviation 0.5; its encoder is near the true posterior,
     but not it.
     """
-    is_likelihood = True
-
     def __init__(self, flow):
         torch.manual_seed(0)
         super().__init__((1, 8, 8), 256, "mlp", 3, hidden_dims=[4], flow=flow)
+        self.likelihood = GaussianOfFixedScale()
         self.double().w = 0.3 * double(64, 3)
         stir(self, 0.05)
 
@@ -56,9 +62,6 @@ class LinearGaussian(model.VAE):
 
     def decode(self, z, labels=None):
         return (z @ self.w.T).view(-1, 1, 8, 8)
-
-    def reconstruction_loss(self, params, images):
-        return -D.Normal(params, 0.5).log_prob(self.normalize(images)).flatten(1).sum(1)
 
 
 def stir(net, scale):
@@ -96,7 +99,7 @@ def test_with_a_flow_the_gradient_is_unbiased(size):
     images = levels_like((1, 8, 8), 2, 1).expand(len(noise), -1, -1, -1)
 
     def gradients(k):
-        rec, ratio = net.weigh(images, None, noise[:, None].expand(-1, k, -1))
+        rec, ratio = net.log_weights(images, None, noise[:, None].expand(-1, k, -1))
         loss = weights @ (rec + ratio).mean(1)
         return loss.item(), *torch.autograd.grad(loss, list(net.parameters()))
     for a, b in zip(gradients(1), gradients(2)):  # of two latents weigh gives the whole gradient
@@ -116,14 +119,14 @@ def test_a_flow_has_the_density_of_its_jacobian(size):
     for row in range(3):
         def posterior(noise):
             z = mean[row] + log_std[row].exp() * noise
-            return net.transform(z[None], context[row:row + 1])[0][0]
+            return net.flow.transform(z[None], context[row:row + 1])[0][0]
         jacobian = torch.autograd.functional.jacobian(posterior, noise[row])
         assert size < 5 or (jacobian != 0).sum() > 2 * size
         torch.testing.assert_close(net.embed(images)[row], posterior(torch.zeros(size).double()))
         z = posterior(noise[row])
         log_p = D.Normal(0, 1).log_prob(z).sum()
         found.append((log_q[row] - jacobian.slogdet()[1] - log_p,
-                      net.reconstruction_loss(net.decode(z[None]), images[row:row + 1])[0]))
+                      net.likelihood.loss(net.decode(z[None]), images[row:row + 1])[0]))
     kl, distortion = (torch.stack(parts).mean().item() for parts in zip(*found))
     assert (reg.item(), rec.item()) == pytest.approx((kl, distortion))
     assert bpd.item() == pytest.approx((kl + distortion) / 64 / LN2)
@@ -156,7 +159,7 @@ def test_bound_differs_from_the_likelihood_by_the_kl_to_the_true_posterior():
         n = 100_000
         images, noise = image.expand(n, -1, -1, -1), double(n, 1)
         rec, kl, _ = net(images, noise=noise)
-        spread = net.reconstruction_loss(net.decode(mean + log_std.exp() * noise), images).std() / n ** 0.5
+        spread = net.likelihood.loss(net.decode(mean + log_std.exp() * noise), images).std() / n ** 0.5
     assert gap > 0.01
     assert (rec + kl).item() == pytest.approx((gap - evidence).item(), abs=5 * spread.item())
 
@@ -204,7 +207,7 @@ def test_any_shape_trains_a_step_and_comes_back(mode, kind, shape):
     drawn, mean = net.sample(5, labels)
     assert drawn.shape == mean.shape == net.reconstruct(images, labels).shape == (5, *shape)
     assert drawn.dtype == torch.uint8 and drawn.max() < 16 and 0 <= mean.min() and mean.max() <= 1
-    assert net.decode(net.prior(5), labels).shape == (5, 16 * shape[0], *shape[1:])
+    assert net.decode(net.sample_latents(5), labels).shape == (5, 16 * shape[0], *shape[1:])
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 300.0, 3e5])
@@ -213,7 +216,7 @@ def test_latents_that_never_change_still_give_a_prior(scale):
     net = zeroed(model.AE((1, 8, 8), 2, "mlp", latent_size=32))
     torch.nn.init.normal_(net.encoder.net[-1].bias, std=scale)
     net.fit_prior(levels_like((1, 8, 8), 2, 1000).split(300))
-    z = net.prior(5, 1.0, torch.Generator().manual_seed(0))
+    z = net.sample_latents(5, generator=torch.Generator().manual_seed(0))
     bias = net.encoder.net[-1].bias.detach()
     assert ((z - bias).abs() <= 1e-6 * bias.norm() + 1e-5).all()
 
@@ -224,16 +227,16 @@ def test_an_ae_samples_from_the_gaussian_fitted_to_its_latents():
     images = levels_like((1, 8, 8), 256, 1000)
     net.fit_prior(images.split(300))
     codes = net.embed(images).detach().numpy()
-    drawn = net.prior(200_000, generator=torch.Generator().manual_seed(0)).numpy()
+    drawn = net.sample_latents(200_000, generator=torch.Generator().manual_seed(0)).numpy()
     assert drawn.mean(0) == pytest.approx(codes.mean(0), abs=5 * float(codes.std()) / 200_000 ** 0.5)
     assert np.cov(drawn.T) == pytest.approx(np.cov(codes.T), rel=0.03, abs=0.01 * float(codes.var()))
-    assert model.VAE((1, 8, 8), 256, "mlp", 3).prior(50_000).std(0).tolist() == pytest.approx([1] * 3,
-                                                                                              abs=0.02)
+    z = model.VAE((1, 8, 8), 256, "mlp", 3).sample_latents(50_000)
+    assert z.std(0).tolist() == pytest.approx([1] * 3, abs=0.02)
 
 
 def test_temperature_scales_the_prior_and_a_generator_repeats_it():
     net = model.VAE((1, 8, 8), 256, "mlp", 3)
-    one, half = (net.prior(9, t, torch.Generator().manual_seed(5)) for t in (1.0, 0.5))
+    one, half = (net.sample_latents(9, None, t, torch.Generator().manual_seed(5)) for t in (1.0, 0.5))
     assert torch.equal(one / 2, half)
     assert torch.equal(net.sample(4, generator=utils.stream(1))[0],
                        net.sample(4, generator=utils.stream(1))[0])
@@ -246,7 +249,7 @@ def test_a_conditional_model_uses_the_class_in_encoder_and_decoder(kind):
     images = levels_like((1, 9, 21), 2, 1)
     a, b = torch.tensor([0]), torch.tensor([2])
     assert not torch.equal(net.embed(images, a), net.embed(images, b))
-    z = net.prior(1)
+    z = net.sample_latents(1)
     assert not torch.equal(net.decode(z, a), net.decode(z, b))
 
 

@@ -80,8 +80,8 @@ def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
                         or adamw(*args, **options))
     fit(folder, "--lr=0.003", "--weight_decay=0.25", epochs=1)
     assert seen[0]["lr"] == 0.003 and seen[0]["weight_decay"] == 0.25
-    muon = train.build_both(train.parse_args(["--optimizer=muon", "--lr=0.003", "--weight_decay=0.25"])[0],
-                            {"shape": (1, 8, 8), "levels": 256, "classes": []})[1]
+    args, _ = train.parse_args(["--optimizer=muon", "--lr=0.003", "--weight_decay=0.25"])
+    muon = train.new_state(args, {"shape": (1, 8, 8), "levels": 256, "classes": []}).optimizer
     assert isinstance(muon, optim.Muon)
     assert muon.defaults["lr"] == 0.003 and muon.defaults["weight_decay"] == 0.25
 
@@ -101,11 +101,11 @@ def test_the_schedule_reaches_the_optimiser_and_the_log(folder, workplace, monke
 
 
 def test_the_moving_average_is_what_is_judged(folder, workplace, monkeypatch):
-    seen, follow = [], train.follow
-    monkeypatch.setattr(train, "follow", lambda ema, net, decay: seen.append(
+    seen, update_ema = [], train.update_ema
+    monkeypatch.setattr(train, "update_ema", lambda ema, net, decay: seen.append(
         (decay, *[[p.detach().double().clone() for p in n.parameters()] for n in (ema, net)]))
-        or follow(ema, net, decay))
-    monkeypatch.setattr(train, "FOLLOW_EVERY", 4)
+        or update_ema(ema, net, decay))
+    monkeypatch.setattr(train, "EMA_EVERY", 4)
     rows, test = fit(folder, "--ema=0.6", "--lr=0.01")
     # of ten steps an epoch it follows after the 4th, the 8th and the last
     assert [decay for decay, _, _ in seen] == pytest.approx(

@@ -65,7 +65,7 @@ def test_overwrite_replaces_a_run_and_touches_nothing_else(folder, workplace, ca
     status, error = outcome(train.main, [*again, "--dataset", "flat", "--conditional"], capsys)
     assert status == 1 and "no classes" in error
     assert {path.parent.name for path in Path("checkpoints/many").glob("*/best.pt")} == kept
-    with runs.locked(Path("checkpoints/many")):  # as if a run of that name trained
+    with runs.lock(Path("checkpoints/many/seed_2")):  # as if this one were being trained
         status, error = outcome(train.main, again, capsys)
     assert status == 1 and "is being trained" in error and Path("checkpoints/many/seed_2/best.pt").exists()
     # one folder for everything
@@ -127,7 +127,7 @@ def test_a_second_signal_ends_at_once(monkeypatch):
 
 def test_two_processes_cannot_train_into_one_folder(folder, workplace, capsys):
     fit(folder, epochs=1)
-    with runs.locked(Path("checkpoints/run")):
+    with runs.lock(Path("checkpoints/run")):
         for argv in (["--resume", "checkpoints/run/last.pt"],
                      ["--dataset", folder, "--log_dir", "run", "--overwrite"]):
             status, error = outcome(train.main, argv, capsys)
@@ -138,7 +138,7 @@ def test_two_processes_cannot_train_into_one_folder(folder, workplace, capsys):
 
 
 def dies_locked(_):
-    with runs.locked(Path("checkpoints/run")):
+    with runs.lock(Path("checkpoints/run")):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 
 import infer
@@ -16,10 +17,12 @@ import train
 from tests.conftest import HERE, fit, levels_like, outcome, same
 
 
+@pytest.mark.slow
 def test_submission_holds_the_work_and_no_data(folder, workplace, monkeypatch, capsys):
     for path in HERE.glob("*"):
         if path.is_file() and path.suffix != ".zip":
             shutil.copy(path, path.name)
+    shutil.copytree(HERE / "tests", "tests")
     shutil.copytree(folder, "data/images")
     fit("data/images", "--ema=0.9", "--save_every=0")
     for name in ("venv/lib/x.py", ".git/config", "data/cache/x.npy", "__pycache__/x.pyc", "mine.zip"):
@@ -47,6 +50,9 @@ def test_submission_holds_the_work_and_no_data(folder, workplace, monkeypatch, c
     assert fresh.returncode == 0 and fresh.stderr == ""
     drawn, again = (Path(place, "results/run/samples.png").read_bytes() for place in (".", "unpacked"))
     assert drawn == again
+    tested = subprocess.run([sys.executable, "unittests.py", "-k", "kld"], cwd="unpacked",
+                            capture_output=True, text=True)
+    assert tested.returncode == 0 and "2 passed" in tested.stdout
     status, error = outcome(train.main, ["--resume", "unpacked/checkpoints/run/best.pt"], capsys)
     assert status == 1 and "packed for drawing" in error
     Path("half.pt").write_bytes(submit.contents(Path("checkpoints/run/best.pt"), half=True)[1][
@@ -58,6 +64,7 @@ def test_submission_holds_the_work_and_no_data(folder, workplace, monkeypatch, c
     assert half.dtype == torch.float32 and 0 < (whole - half).abs().max() < 1 / 255
 
 
+@pytest.mark.slow
 def test_submission_without_a_checkpoint_or_that_does_not_run(folder, workplace, capsys, monkeypatch):
     status, error = outcome(submit.main, [], capsys)
     assert status == 2 and "train one with python train.py" in error
@@ -72,7 +79,7 @@ def test_submission_without_a_checkpoint_or_that_does_not_run(folder, workplace,
     assert "packed without pictures" in capsys.readouterr().err
     monkeypatch.setattr(submit, "CODE", ("infer.py", "data.py"))
     status, error = outcome(submit.main, [], capsys)
-    assert status == 1 and "No module named 'figures'" in error and not Path("submission.zip").exists()
+    assert status == 1 and "No module named 'cli'" in error and not Path("submission.zip").exists()
 
 
 def test_the_pictures_of_the_readme_are_there():

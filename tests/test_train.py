@@ -71,9 +71,9 @@ def test_the_best_epoch_need_not_be_the_last(folder, workplace, monkeypatch):
     weights, ranks = [], iter([3.0, 1.0, 2.0])
     run_epoch = train.run_epoch
 
-    def ranked(net, *args):
-        row = {**run_epoch(net, *args), "val_loss": next(ranks)}
-        weights.append({name: value.clone() for name, value in net.state_dict().items()})
+    def ranked(state, *args):
+        row = {**run_epoch(state, *args), "val_loss": next(ranks)}
+        weights.append({name: value.clone() for name, value in state.model.state_dict().items()})
         return row
     monkeypatch.setattr(train, "run_epoch", ranked)
     _, test = fit(folder, "--levels=2", epochs=3)
@@ -175,7 +175,7 @@ def test_several_seeds(folder, workplace, capsys):
     "--model=resnet --loss_mode=ae --ema=0.99 --flip --optimizer=muon",
     "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01 --precision=bf16",
     "--model=cnn --levels=16 --precision=fp32 --iw_train=3",
-    "--model=mlp --compile --precision=bf16"])
+    pytest.param("--model=mlp --compile --precision=bf16", marks=pytest.mark.slow)])
 def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, workplace, monkeypatch, capsys):
     def argv(name):
         return [f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--num_filters=2", "--epochs=3",
@@ -211,19 +211,27 @@ def test_more_epochs_continue_as_if_asked_for_at_once(folder, workplace, monkeyp
 def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypatch, capsys):
     def argv(name):
         return [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1", "--batch_size=32",
-                "--seeds", "4", "5", "6", f"--log_dir={name}", "--overwrite"]
+                "--seeds", "4", "5", "6", f"--log_dir={name}"]
     train.main(argv("whole"))
     with monkeypatch.context() as patch:
         stop_at(patch, 20)
-        assert outcome(train.main, argv("cut"), capsys)[0] == 143
+        with pytest.raises(SystemExit, match="143"):
+            train.main(argv("cut"))
+    assert "the same command again" in capsys.readouterr().out
     Path("results/cut/seed_6").mkdir()  # as if this one had been killed before its first save
     Path("results/cut/seed_6/metrics.csv").touch()
     before = Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns
-    train.main(["--resume", "checkpoints/cut/seed_5/last.pt"])
+    for other, name in (("--lr=0.5", "--lr 0.001, not 0.5"), ("--epochs=2", "--epochs 1, not 2")):
+        status, error = outcome(train.main, [*argv("cut"), other], capsys)
+        assert status == 1 and error.count("\n") == 1 and name in error
+    train.main(argv("cut"))
     # What was trained was not trained again.
     assert Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns == before
     assert Path("results/cut/seeds.csv").read_text() == Path("results/whole/seeds.csv").read_text()
-    # One of them, copied to where it is alone, goes on alone.
+    for seed in (4, 5, 6):
+        assert_same_runs(*((workplace / "results" / name / f"seed_{seed}",
+                            workplace / "checkpoints" / name / f"seed_{seed}") for name in ("whole", "cut")))
+    # One of them goes on alone.
     shutil.copytree("checkpoints/cut/seed_5", "checkpoints/solo")
     train.main(["--resume", "checkpoints/solo/last.pt", "--epochs", "2"])
     assert runs.load_checkpoint(Path("checkpoints/solo/last.pt"))["epoch"] == 2
@@ -270,7 +278,7 @@ def test_a_lost_best_checkpoint_is_said_and_never_made_up(folder, workplace, cap
     status, error = outcome(train.main, ["--resume", "checkpoints/annealed/last.pt"], capsys)
     assert status == 1 and "--epochs" not in error and "infer.py --ckpt checkpoints/annealed/last.pt" in error
     train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
-    assert "looked for anew" in capsys.readouterr().err
+    assert "looks for a new best epoch" in capsys.readouterr().err
     assert json.loads(Path("results/run/test.json").read_text())["epoch"] == 3
 
 
@@ -343,6 +351,7 @@ def test_means_that_are_not_finite_are_found_on_any_device():
         train.means(torch.tensor([1.0, math.nan]), 2)
 
 
+@pytest.mark.slow
 def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--dataset", folder, "--model", "mlp", "--hidden_dims", "32", "--levels", "2", "--binarize",
@@ -422,7 +431,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workp
 
 @pytest.mark.skipif(not (HERE / "data/MNIST/raw/train-images-idx3-ubyte").exists(),
                     reason="data/MNIST is not here")
-@pytest.mark.parametrize("kind,epochs,bound", [("mlp", 1, 130), ("cnn", 2, 112)])
+@pytest.mark.parametrize("kind,epochs,bound", [("mlp", 1, 130),
+                                               pytest.param("cnn", 2, 112, marks=pytest.mark.slow)])
 def test_mnist_in_an_epoch_or_two(kind, epochs, bound, workplace):
     train.main(["--dataset=mnist", f"--data_dir={HERE / 'data'}", "--levels=2", f"--model={kind}",
                 f"--epochs={epochs}", "--log_dir=run"])

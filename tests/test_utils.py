@@ -68,7 +68,7 @@ def test_beta_schedules():
 
 def test_moments_are_those_of_numpy():
     x = double(50, 4) + torch.arange(4)
-    mean, covariance = utils.moments(x.float().split(20), 4)
+    mean, covariance = utils.mean_and_covariance(x.float().split(20), 4)
     assert mean.numpy() == pytest.approx(x.numpy().mean(0), abs=1e-6)
     assert covariance.numpy() == pytest.approx(np.cov(x.numpy().T, bias=True), abs=1e-6)
 
@@ -92,7 +92,8 @@ def test_manifold_is_decoded_at_the_percentiles():
 @pytest.mark.parametrize("n,channels,line", [(2, 1, 1), (4, 3, 1), (5, 3, 2), (7, 1, 0)])
 def test_a_grid_is_torchvisions(n, channels, line):
     images = torch.rand(n, channels, 3, 4)
-    theirs = datasets.torchvision.utils.make_grid(images, nrow=3, padding=line, pad_value=utils.LINES)
+    make_grid = datasets.import_torchvision().utils.make_grid
+    theirs = make_grid(images, nrow=3, padding=line, pad_value=utils.GRID_GREY)
     ours = utils.image_grid(images, 3, line)
     assert torch.equal(ours, theirs) and torch.equal(ours.mul_(2), theirs * 2)  # memory of its own
     assert utils.image_grid(images[:1], 3, line).shape == (3, 3 + 2 * line, 4 + 2 * line)
@@ -107,7 +108,7 @@ def test_each_reconstruction_is_below_its_image(n, nrow=3):
     for i in range(n):
         row, column = divmod(i, nrow)
         assert (cells[2 * row, column], cells[2 * row + 1, column]) == (above[i], above[i] + 0.5)
-    assert (cells == utils.LINES).sum() == cells.numel() - 2 * n
+    assert (cells == utils.GRID_GREY).sum() == cells.numel() - 2 * n
 
 
 def test_streams_depend_on_every_part_of_their_key_and_on_nothing_else():
