@@ -1,4 +1,6 @@
-"""The command line: argument types, devices, errors of one line, exit status."""
+"""What all scripts share: argument types, devices, errors of one line, exit status. The arguments themselves
+are in each script.
+"""
 
 import argparse
 import contextlib
@@ -92,7 +94,7 @@ def default_precision(device):
     if torch.device(device).type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        native = device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in
+        native = device == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in
                                          ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return "bf16" if native else "fp32"
 
@@ -114,7 +116,7 @@ def own_device(device):
 
 
 def allow_tf32(allowed):
-    """Whether CUDA may round the factors of fp32 products to 10 bits: in training, never in evaluation."""
+    """Allow or forbid CUDA to round the factors of fp32 products to 10 bits (TF32), as in training."""
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = \
         "tf32" if allowed else "ieee"
 
@@ -195,6 +197,6 @@ def run_script(main):
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(status)
+        os._exit(status if isinstance(status, int) else bool(status))
     gc.freeze()  # otherwise Python looks through all objects once more at its end, for half a second
     sys.exit(status)

@@ -165,7 +165,8 @@ def fetch(dataset, data_dir, download):
     name, by_hand, _ = NAMED[dataset]
     source, folder = getattr(torchvision.datasets, name), data_dir / by_hand
     names = [file for file, _ in source.resources] if hasattr(source, "resources") else [source.filename]
-    archives = [folder / file for file in names if not (folder / file).exists()]  # to delete; not the user's
+    # torchvision's downloads, which are deleted after unpacking; the user's own archives stay
+    archives = [folder / file for file in names if not (folder / file).exists()]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
@@ -328,7 +329,7 @@ class ImageWriter:
     """
 
     def __init__(self, file, most, transform):
-        """most: at most so many images come"""
+        """most: an upper bound on the number of images"""
         self.file, self.most, self.transform = file, most, transform
         self.written, self.channels, self.size, self.start = 0, 1, None, 0
 

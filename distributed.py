@@ -15,11 +15,11 @@ RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launche
 
 @contextlib.contextmanager
 def process_group():
-    """Join the other processes while the context is entered."""
+    """Join the other processes; leave them at the end of the `with` block."""
     if WORLD > 1:  # a day, because one process may decode images for hours while the others wait
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=datetime.timedelta(days=1))
-    yield
+    yield  # after an error the process ends without cleaning up, see cli.run_script
     if WORLD > 1:
         dist.destroy_process_group()
 
@@ -28,7 +28,7 @@ def shard(n):
     """This process's part of a batch of n images → a slice of the batch, the number of images it counts for.
 
     Every process has to take part in a step. So if there are more processes than images, a process without an
-    image of its own computes the first one and counts it for nothing.
+    image of its own computes the first one with weight 0.
     """
     return (slice(RANK, None, WORLD) if RANK < n else slice(0, 1)), len(range(RANK, n, WORLD))
 

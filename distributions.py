@@ -18,8 +18,8 @@ from utils import KLD, log_normal, normalize
 
 
 class SquaredError:
-    """`mse`: the squared error on [-1, 1] of the mean, which is tanh(params). It is no likelihood, so with it
-    the loss is no bound.
+    """`mse`: the squared error on [-1, 1] of the mean, which is tanh(params). It is not a
+    likelihood, so the loss is not a bound on log p(x).
     """
 
     is_discrete = False  # whether it is a likelihood of discrete pixels, so that bits/dim mean something
@@ -29,7 +29,7 @@ class SquaredError:
         self.levels = levels
 
     def channels(self, image_channels):
-        """The number of params of a pixel with so many channels."""
+        """The number of params of a pixel, for images with so many channels."""
         return image_channels
 
     def loss(self, params, images):
@@ -48,8 +48,8 @@ class SquaredError:
 
 
 class Bernoulli:
-    """`bce`: params are the logits of white. With more than 2 levels the targets lie between 0 and 1: then
-    this is the cross-entropy that many courses use, but no likelihood.
+    """`bce`: params are the logits of the pixel being white (1). With more than 2 levels the targets lie
+    between 0 and 1: then this is the cross-entropy that many courses use, but no likelihood.
     """
 
     def __init__(self, levels):
@@ -116,7 +116,7 @@ class DiscretizedLogistic:
         return 2 * image_channels
 
     def mean_and_log_scale(self, params):
-        """→ two [B, C, H, W]; scales stay within 0.0009 … 1097"""
+        """→ two [B, C, H, W]; log scales are clamped, so that exp neither overflows nor vanishes"""
         mean, log_scale = params.chunk(2, dim=1)
         return mean, log_scale.clamp(-7, 7)
 
@@ -126,7 +126,8 @@ class DiscretizedLogistic:
         centre = normalize(images, self.levels, params.dtype) - mean
         half, rate = 1 / (self.levels - 1), torch.exp(-log_scale)
         upper, lower = rate * (centre + half), rate * (centre - half)
-        # σ(upper) - σ(lower) = σ(upper) σ(-lower) (1 - exp(lower - upper)), in which nothing cancels
+        # σ(upper) - σ(lower) = σ(upper) σ(-lower) (1 - exp(lower - upper)), a product, so that no two nearly
+        # equal numbers are subtracted
         first, last = images == 0, images == self.levels - 1
         return torch.where(last, 0, F.logsigmoid(upper)) + torch.where(first, 0, F.logsigmoid(-lower)) \
             + torch.where(first | last, 0, torch.log(-torch.expm1(-2 * half * rate)))
@@ -135,7 +136,7 @@ class DiscretizedLogistic:
         return -self.log_prob(params, images).flatten(1).sum(1)
 
     def mean(self, params):
-        """The expected level is the sum over all edges between levels of P(above the edge)."""
+        """The expected level is the sum of P(above the edge) over all edges between levels → [B, C, H, W]"""
         mean, log_scale = self.mean_and_log_scale(params)
         edges = [(2 * level - 1) / (self.levels - 1) - 1 for level in range(1, self.levels)]
         return sum(torch.sigmoid((mean - edge) * torch.exp(-log_scale)) for edge in edges) / len(edges)
@@ -162,7 +163,7 @@ DEFAULT_LIKELIHOOD = {2: "bce", 16: "categorical", 256: "mse"}  # by the number 
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Distributions of latents: a map from N(0, I), and what follows from it
+# Distributions of latents z: each is a map of N(0, I) noise, and what follows from that map
 
 class StandardNormal(nn.Module):
     """N(0, I), the prior of a VAE (Kingma & Welling 2014)."""
@@ -194,7 +195,7 @@ class StandardNormal(nn.Module):
         return KLD(mean[..., None], log_std[..., None])
 
     def mean_and_std(self):
-        """Of each latent dimension → two [D], on the CPU"""
+        """→ the mean [D] and standard deviation [D] of each latent dimension, on the CPU"""
         return torch.zeros(self.latent_size), torch.ones(self.latent_size)
 
 
@@ -209,8 +210,8 @@ class Gaussian(nn.Module):
         self.register_buffer("scale", torch.eye(latent_size))  # the Cholesky factor of the covariance
 
     def fit(self, mean, covariance):
-        """Take the mean [D] and the covariance [D, D] of latents."""
-        # A dimension without variance needs a ridge. Rounding errors of the variance grow with the mean.
+        """Fit to the mean [D] and the covariance [D, D] of latents."""
+        # Without a ridge, cholesky fails at a constant dimension. Rounding errors grow with the mean.
         ridge = 1e-6 * covariance.diagonal().mean() + 1e-12 + 1e-14 * mean.square().sum()
         self.mean.copy_(mean)
         self.scale.copy_(torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean)).to(mean)))
@@ -223,9 +224,9 @@ class Gaussian(nn.Module):
 
 
 class Coupling(nn.Module):
-    """A layer of a normalizing flow (Dinh et al. 2017). One half of z is scaled and shifted by what a network
-    makes of the other half and of the context. The changed half comes out in front, so the next layer changes
-    the other half. A new layer only swaps the halves.
+    """A layer of a normalizing flow (Dinh et al. 2017). A network of one half of z and of the context
+    scales and shifts the other half. The changed half comes first in the result, so the next layer changes
+    the other one. The last weights begin at 0: a new layer only swaps the halves.
     """
 
     def __init__(self, latent_size, width=256):
@@ -251,15 +252,16 @@ class Coupling(nn.Module):
         return torch.cat([kept, (changed - shift) * (-log_scale).exp()], -1), log_scale.sum(-1)
 
     def shift_and_log_scale(self, weights, kept, context):
+        """self.net with these weights, of one half [..., D/2] and the context [..., D] → two [..., D/2]"""
         weight, bias, last_weight, last_bias = weights
         hidden = F.silu(F.linear(torch.cat([kept, context], -1), weight, bias))
         shift, log_scale = F.linear(hidden, last_weight, last_bias).to(kept.dtype).chunk(2, -1)
-        return shift, log_scale.tanh()
+        return shift, log_scale.tanh()  # scales within exp(±1) keep training stable
 
 
 class PosteriorFlow(nn.ModuleList):
-    """Pairs of coupling layers that take a Gaussian to a richer posterior (Rezende & Mohamed 2015). The
-    encoder gives a context [..., D] for each image. Without a pair it changes nothing.
+    """Pairs of coupling layers that turn a draw from a Gaussian into one from a more flexible posterior
+    (Rezende & Mohamed 2015). The encoder gives a context [..., D] for each image. Without a pair, z stays z.
     """
 
     def __init__(self, latent_size, pairs):

@@ -24,17 +24,17 @@ def evaluate(model, data, args):
     A figure that does not apply is None.
     """
     order = torch.randperm(len(data.test), generator=stream("evaluate"))[:args.limit]
-    bounded = isinstance(model, VAE) and model.likelihood.is_discrete
-    k = args.iw_samples if bounded else 1
+    has_elbo = isinstance(model, VAE) and model.likelihood.is_discrete
+    k = args.iw_samples if has_elbo else 1
     embedded, parts = [], []
     with tqdm(total=len(order), desc="evaluating", unit=" images", disable=None) as bar:
-        for which, index in enumerate(order.split(max(1, model.images_at_once // k))):
+        for which, index in enumerate(order.split(max(1, model.max_batch // k))):
             images, labels = data.test.batch(index)
             embedded.append(model.embed(images, labels))
-            params = None if bounded else model.decode(embedded[-1], labels)
+            params = None if has_elbo else model.decode(embedded[-1], labels)
             parts.append(vae_terms(model, images, labels, k, args, which) if isinstance(model, VAE) else
                          {"rec": model.likelihood.loss(params, images)})
-            if not bounded:
+            if not has_elbo:
                 error = (images / (data.levels - 1) - model.likelihood.mean(params)).cpu().double()
                 parts[-1]["squared_error"] = error.square().flatten(1).sum(1)
             bar.update(len(index))
@@ -44,7 +44,7 @@ def evaluate(model, data, args):
         measured["kl"] = each["kl"].mean().item()
         if len(order) >= 20:  # fewer are too few for a variance
             measured["active_units"] = active_units(torch.cat(embedded))
-    if bounded:
+    if has_elbo:
         neg_elbo = measured["rec"] + measured["kl"]
         error = each["iw_nll"].std().item() / math.sqrt(len(order)) if len(order) > 1 else None
         return measured | {"neg_elbo": neg_elbo, "bpd": elbo_to_bpd(neg_elbo, (1, *model.shape)),
@@ -58,8 +58,8 @@ def evaluate(model, data, args):
 def vae_terms(model, images, labels, k, args, which):
     """rec, kl and iw_nll of each image, with k latents, in float64; which: the number of the batch"""
     parts = []
-    for first in range(0, k, model.images_at_once):
-        shape = len(images), min(model.images_at_once, k - first), model.latent_size
+    for first in range(0, k, model.max_batch):
+        shape = len(images), min(model.max_batch, k - first), model.latent_size
         noise = normal(shape, args.device, args.seed, "evaluate", which, first)
         parts.append(model.log_weights(images, labels, noise))
     rec, log_ratio = (torch.cat(part, 1).cpu().double() for part in zip(*parts))

@@ -1,4 +1,4 @@
-"""Figures: tensors in; PNG files, GIF files or a window out. Knows no checkpoints.
+"""Figures: tensors in; PNG files, GIF files or a window out. Independent of checkpoints.
 
 Each function writes one file. Images are [N, C, H, W] in [0, 1]. matplotlib and Pillow are imported only when
 something is drawn, because that takes most of a second.
@@ -199,7 +199,7 @@ def units(path, title, kl, active, t, densities):
     figure.savefig(path, dpi=100)
 
 
-def progress(path, title, frames, most=60):
+def progress(path, frames, most=60):
     """An animated GIF of picture files, whose last picture stays longer. Of more than `most` files it takes
     evenly spaced ones. Raises UserError if one cannot be read.
     """

@@ -22,7 +22,7 @@ from evaluate import evaluate, print_figures
 from figures import save_grid, save_picture
 from model import AE, VAE, build
 from runs import differing_arguments, find_checkpoint, load_checkpoint, write_json
-from utils import image_grid, interleave, mean_and_covariance, stream, visualize_manifold
+from utils import active_dimensions, image_grid, interleave, mean_and_covariance, stream, visualize_manifold
 
 
 def restore(path, device="cpu"):
@@ -37,7 +37,7 @@ def restore(path, device="cpu"):
         model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
         for name in ("results_dir", "dataset", "data_dir", "image_size", "levels", "binarize", "transform",
                      "limit"):
-            checkpoint["args"][name]
+            checkpoint["args"][name]  # raises KeyError if it is missing
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this project ({one_line(error)})")
     return model.to(device).eval(), checkpoint
@@ -115,13 +115,13 @@ class Subject:
         active [D]: of a VAE, whether the variance of z is above 0.01
         """
         if self.data and len(self.shuffled("latents")):
-            index = self.shuffled("latents")[:10_000].split(self.model.images_at_once)
+            index = self.shuffled("latents")[:10_000].split(self.model.max_batch)
             batches = map(self.data.test.batch, index)
         else:
             labels = self.even_labels(1000)
             images, _ = self.model.sample(1000, labels, generator=stream(self.args.seed, "latents"))
             labels = torch.zeros(1000, dtype=torch.long) if labels is None else labels
-            batches = zip(images.split(self.model.images_at_once), labels.split(self.model.images_at_once))
+            batches = zip(images.split(self.model.max_batch), labels.split(self.model.max_batch))
         gaussian = isinstance(self.model, VAE) and not self.model.flow
         encode = self.model.encode if gaussian else self.model.embed
         codes = [(encode(*batch), batch[1].cpu()) for batch in batches]
@@ -134,7 +134,7 @@ class Subject:
             found.z = torch.cat([z for z, _ in codes]).cpu()
             weight = found.z.var(0, correction=0)
         if isinstance(self.model, VAE):
-            found.active = found.z.var(0, correction=0) > 0.01
+            found.active = active_dimensions(found.z)
         found.order = weight.argsort(descending=True)
         return found
 
@@ -206,8 +206,11 @@ def interpolation_ends(subject, pairs):
     for i in order:
         if len(first) == pairs:
             break
+        if i in second:
+            continue
         others = order[~torch.isin(order, torch.stack([i, *first, *second]))]
-        fitting = others[(labels[others] == labels[i]) == subject.conditional]
+        same_class = labels[others] == labels[i]
+        fitting = others[same_class if subject.conditional else ~same_class]
         if not (len(fitting) or subject.conditional):  # all images are of one class
             fitting = others
         if len(fitting):
@@ -278,7 +281,7 @@ def units(subject):
     """The KL of each latent dimension, and the posterior averaged over images beside the prior."""
     codes = subject.codes
     if codes.kl is None:
-        return "the KL of an AE and with --flow has no parts by dimension"
+        return "an AE has no KL, and with --flow the KL does not split by dimension"
     if len(codes.z) < 20:
         return "fewer than 20 test images are too few for a variance"
     first = codes.order[:6]
@@ -312,8 +315,8 @@ def traversals(subject, rows=10, steps=11):
 def nearest(subject, n=8, k=9):
     """Samples beside the training images with the nearest pixels, which shows what the model has memorised.
 
-    Mean images are blurred, so they are nearer to every image than a sharp one would be. Therefore the
-    distances are compared with those of reconstructions of test images, which the model has not seen.
+    A blurred mean image is closer to all images than a sharp one. So distances are compared with those of
+    reconstructions of test images, which the model has not seen.
     """
     _, mean, labels = subject.sample(n, "nearest")
     _, z, unseen = subject.test_images(subject.shuffled("nearest")[:100])
@@ -354,7 +357,8 @@ def progress(subject):
     frames = sorted(folder.glob("samples_[0-9]*.png"), key=lambda path: int(path.stem.split("_")[1]))
     if len(frames) < 2:
         return "it needs the samples_EEE.png of two epochs or more, which train.py draws"
-    subject.save("progress.gif", figures.progress, "", frames)
+    figures.progress(subject.folder / "progress.gif", frames)
+    print(subject.folder / "progress.gif")
 
 
 PICTURES = {"samples": samples, "reconstructions": reconstructions, "interpolations": interpolations,
@@ -422,7 +426,7 @@ def comparison(subject, differing):
         images, z, labels = subject.test_images(order[:18])
         pairs = image_grid(interleave(images, model.mean_images(z, labels), 6), 6)
         error = 0.0
-        for index in order.split(model.images_at_once):
+        for index in order.split(model.max_batch):
             images, z, labels = subject.test_images(index)
             error += (images - model.mean_images(z, labels)).square().sum().item() / len(order)
         if subject.codes.active is not None and len(subject.codes.z) >= 20:
@@ -496,12 +500,12 @@ def parse_args(argv=None):
 def check_args(parser, args):
     """Exit if the arguments contradict each other, or name something that does not exist."""
     chosen = next((name for name in ("evaluate", "compare", "explore") if vars(args)[name]), "draw")
-    for name, modes in (("only", "draw"), ("num_samples", "draw"), ("temperature", "draw, compare, explore"),
-                        ("classes", "draw, compare, explore"), ("iw_samples", "evaluate"),
-                        ("limit", "evaluate")):
+    draws = ("draw", "compare", "explore")
+    for name, modes in (("only", ("draw",)), ("num_samples", ("draw",)), ("temperature", draws),
+                        ("classes", draws), ("iw_samples", ("evaluate",)), ("limit", ("evaluate",))):
         if vars(args)[name] != parser.get_default(name) and chosen not in modes:
             parser.error(f"argument --{name}: goes with " + (
-                "--evaluate" if modes == "evaluate" else f"drawing, not with --{chosen}"))
+                "--evaluate" if modes == ("evaluate",) else f"drawing, not with --{chosen}"))
     args.only = args.only.split(",")
     for name in args.only:
         if name not in PICTURES:

@@ -16,7 +16,7 @@ from distributions import DEFAULT_LIKELIHOOD, LIKELIHOODS, Gaussian, PosteriorFl
 from networks import NETWORKS
 from utils import elbo_to_bpd, log_normal, mean_and_covariance, normalize, sample_reparameterize
 
-DECODER_NUMBERS = 2**20  # that a decoder gives at a time, where the number of images is not that of a batch
+MAX_DECODER_OUTPUTS = 2**20  # numbers in one call of the decoder outside training, to bound the memory
 
 
 class AE(nn.Module):
@@ -25,10 +25,10 @@ class AE(nn.Module):
     shape: (C, H, W), any from 8×8 up; levels: the number of values of a pixel
     model: a name in NETWORKS; hidden_dims, num_filters: the widths of its layers
     recon_loss: a name in LIKELIHOODS; None for the one that fits the levels
-    num_classes: for ConditionalVAE
+    num_classes: of a conditional model; 0 for any other
     """
 
-    codes_per_latent = 1  # numbers that the encoder gives for each latent dimension: z
+    codes_per_latent = 1  # outputs of the encoder for each latent dimension: here z itself
 
     def __init__(self, shape, levels=256, model="cnn", latent_size=32, hidden_dims=(512,), num_filters=8,
                  recon_loss=None, num_classes=0):
@@ -74,14 +74,15 @@ class AE(nn.Module):
     def decode_in_parts(self, z, labels=None):
         """As decode, for any number of latents in bounded memory: yields the params of some images at a time.
         """
-        labels = [None] * len(z) if labels is None else labels.split(self.images_at_once)
-        for z, labels in zip(z.split(self.images_at_once), labels):
-            yield self.decode(z, labels)
+        latents = z.split(self.max_batch)
+        labels = [None] * len(latents) if labels is None else labels.split(self.max_batch)
+        for z_part, labels_part in zip(latents, labels):
+            yield self.decode(z_part, labels_part)
 
     @property
-    def images_at_once(self):
+    def max_batch(self):
         """The number of images that the decoder makes at a time in bounded memory."""
-        return max(1, DECODER_NUMBERS // (self.channels * math.prod(self.shape[1:])))
+        return max(1, MAX_DECODER_OUTPUTS // (self.channels * math.prod(self.shape[1:])))
 
     def mean_images(self, z, labels=None):
         """z [n, D] → mean images in [0, 1], [n, C, H, W]; in bounded memory"""
@@ -96,13 +97,13 @@ class AE(nn.Module):
     @property
     def sampling_prior(self):
         """The distribution that samples come from."""
-        return self.prior or self.fitted
+        return self.fitted if self.prior is None else self.prior
 
     def sample_latents(self, n, labels=None, temperature=1.0, generator=None):
         """z [n, D] from the prior (of an AE: from the fitted Gaussian)
 
         temperature: scales its standard deviation
-        generator: a torch.Generator of the CPU, to draw the same latents again
+        generator: a torch.Generator on the CPU; the same seed gives the same latents
         """
         noise = torch.randn(n, self.latent_size, generator=generator)
         return self.sampling_prior.transform(temperature * noise.to(next(self.parameters())), labels)
@@ -147,12 +148,14 @@ class AE(nn.Module):
 class VAE(AE):
     """A variational autoencoder (Kingma & Welling 2014) with a Gaussian posterior and the prior N(0, I).
 
-    flow: the number of pairs of coupling layers that take the Gaussian to a richer posterior. With any, L_reg
-        is the KL as the drawn z estimates it: unbiased, and possibly negative.
-    free_bits: in nats. If an image's KL in a latent dimension is below this, it is not pushed down any
-        further (Kingma et al. 2016, here for each image).
-    iw_train: the number K of latents of the importance-weighted bound (Burda et al. 2016), which `forward`
-        then gives in place of the ELBO; 0 for the ELBO.
+    flow: the number of pairs of coupling layers that make the posterior more flexible than a Gaussian. Above
+    0,
+        L_reg is an estimate of the KL from the z that was drawn: unbiased, and it may be negative.
+    free_bits: in nats. If the KL of an image in a latent dimension is below this, it gets no gradient (Kingma
+    et
+        al. 2016, here for each image). The reported KL is the true one.
+    iw_train: the number K of latents of the importance-weighted bound (Burda et al. 2016), whose terms
+        `forward` then returns; 0 for the ELBO.
     """
 
     codes_per_latent = 2  # mean and log_std
@@ -186,13 +189,16 @@ class VAE(AE):
         return self.flow.transform(mean, *context)[0]
 
     def forward(self, images, labels=None, noise=None):
-        """As AE.forward. With iw_train the noise is [B, K, D]: then L_rec is the mean over the K latents,
-        L_reg is what the bound adds to it (no KL; it may be negative), and bpd is that of the bound.
+        """As AE.forward. With iw_train, noise is [B, K, D]: L_rec is the mean over the K latents, L_reg is
+        the negative bound minus L_rec (it is no KL, and may be negative), and bpd is that of the bound.
         """
+        if noise is None:
+            k = [self.iw_train] if self.iw_train else []
+            noise = torch.randn(len(images), *k, self.latent_size).to(next(self.parameters()))
         if self.iw_train or self.flow:
             rec, log_ratio = self.log_weights(images, labels, noise if self.iw_train else noise[:, None])
-            rec, neg_bound = rec.mean(), self.neg_bound(rec, log_ratio).mean()
-            return rec, neg_bound - rec, self.bits_per_dim(neg_bound)
+            bound, mean_rec = self.neg_bound(rec, log_ratio).mean(), rec.mean()
+            return mean_rec, bound - mean_rec, self.bits_per_dim(bound)
         mean, log_std = self.encode(images, labels)
         z = sample_reparameterize(mean, log_std.exp(), noise)
         rec = self.likelihood.loss(self.decode(z, labels), images)          # [B]
@@ -225,15 +231,15 @@ class VAE(AE):
 
         → −log p(x|z) and log q(z|x) - log p(z), in nats, each [B, K]; a log weight is minus their sum
 
-        With a flow and K = 1 the gradient reaches q only through z. The part that is left out is 0 in
-        expectation, so it would only add noise (Roeder et al. 2017). For K > 1 it would not be 0.
+        With a flow and K = 1, the gradient of log q(z|x) flows only through z. The rest of it is 0 in
+        expectation, so it would only add noise (Roeder et al. 2017). For K > 1 it is not 0, and is kept.
         """
         k = noise.shape[1]
-        mean, log_std, *context = (code[:, None] for code in self.encode(images, labels))
+        mean, log_std, *context = (tensor[:, None] for tensor in self.encode(images, labels))
         z, log_det = self.flow.transform(sample_reparameterize(mean, log_std.exp(), noise), *context)
         if self.flow and k == 1 and torch.is_grad_enabled():
-            log_std, *context = (code.detach() for code in (log_std, *context))
-            start, log_det = self.flow.inverse(z, *context)
+            log_std, *context = (tensor.detach() for tensor in (log_std, *context))
+            start, log_det = self.flow.inverse(z, *context)  # the same values, but functions of z alone
             noise = noise + (start - start.detach()) * (-log_std).exp()  # its value is still the noise
         log_q = log_normal(noise) - log_std.sum(-1) - log_det
         z = z.flatten(0, 1)

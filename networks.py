@@ -39,7 +39,8 @@ class MLPDecoder(nn.Module):
 
 def pyramid(shape, num_filters, growth=(1, 4, 8)):
     """Sizes and widths of the levels of a convolutional network. Each level halves both sides (rounding up),
-    until neither is above 8, at least once. Level i has num_filters · growth[i] channels, or the last growth.
+    until neither is above 8, at least once. Level i has num_filters · growth[i] channels; later levels have
+    the last growth.
 
     → [(H, W), (⌈H/2⌉, ⌈W/2⌉), …], [channels of the first halving, …]
     """

@@ -1,4 +1,4 @@
-"""A run on disk: its folders and their locks, checkpoint files, the log, signals. Knows no model."""
+"""A run on disk: its folders and locks, checkpoint files, the log, signals. Independent of the model."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ from figures import draw_curves
 # ------------------------------------------------------------------------------------------------------------
 # Folders: results/NAME and checkpoints/NAME
 
-TAKEN = "take another name, --resume its last.pt to continue it, or --overwrite to replace it"
+HOW_TO_GO_ON = "take another name, --resume its last.pt to continue it, or --overwrite to replace it"
 FILES = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png",
          "samples*.png", "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png",
          "latents.png", "units.png", "traversals.png", "nearest.png", "progress.gif", "last.pt",
@@ -37,7 +37,7 @@ NO_EFFECT = {"log_dir", "results_dir", "checkpoint_dir", "data_dir", "overwrite"
 
 
 def differing_arguments(runs):
-    """The names of the arguments in which runs (their arguments as dictionaries) differ, if they matter."""
+    """The names of the arguments in which runs differ, without NO_EFFECT. runs: dictionaries of arguments"""
     names = sorted({name for args in runs for name in args} - NO_EFFECT)
     return [name for name in names if len({str(args.get(name)) for args in runs}) > 1]
 
@@ -61,7 +61,8 @@ def delete_seeds(results, checkpoints):
     """Delete all runs that --seeds made in these folders. Raises UserError if one of them is in use."""
     for name in {folder.name for root in (results, checkpoints) for folder in root.glob("seed_*")}:
         with run_folders(results / name, checkpoints / name, overwrite=True):
-            (results / "seeds.csv").unlink(missing_ok=True)
+            pass
+    (results / "seeds.csv").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -95,7 +96,7 @@ def run_folders(results, checkpoints, overwrite=False, resume=False):
                 locked.append(folder)
             if not resume and (holds_run(results) or holds_run(checkpoints)):
                 if not overwrite:  # the arguments were checked, but another process may have been faster
-                    raise UserError(f"{checkpoints} holds a run already; {TAKEN}")
+                    raise UserError(f"{checkpoints} holds a run already; {HOW_TO_GO_ON}")
                 delete_run(results)
                 delete_run(checkpoints)
             yield
@@ -137,8 +138,8 @@ def lock(folder):
 # Files: replaced atomically
 
 def atomic_write(path, content):
-    """Write bytes to a file. A reader, and whoever comes after this process is killed, finds the old content
-    or the new one, never a part.
+    """Write bytes to a file. A reader finds the old content or the new one and never a part, even if this
+    process is killed.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

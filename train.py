@@ -38,7 +38,7 @@ from utils import active_units, beta_schedule, interleave, normal, stream, strea
 
 @dataclass
 class State:
-    """What training changes. A checkpoint holds all of it."""
+    """What training changes. A checkpoint holds all of it but `network`."""
     model: AE
     ema: AE | None                      # the moving average of the model's weights; None with --ema 0
     optimizer: torch.optim.Optimizer
@@ -65,9 +65,9 @@ EMA_EVERY = 16  # steps between updates of the average; an update in each step w
 def train_epoch(state, data, args, after_step):
     """Train for the rest of the epoch → the means of rec, kl and bpd over its images (see AE.forward).
 
-    The epoch passes once over the training images in a new order. It may be left after any step, when
-    after_step raises or the process dies; state.step and state.sums tell where to go on. Raises
-    FloatingPointError if the loss is not finite.
+    An epoch passes once over the training images in a new order. It can stop after any step, because
+    after_step exits or the process dies; state.step and state.sums say where to continue.
+    Raises FloatingPointError if the loss is not finite.
     """
     state.model.train()
     cli.allow_tf32(True)
@@ -84,10 +84,10 @@ def train_epoch(state, data, args, after_step):
         loss = rec + beta * kl
         if WORLD > 1:  # DDP takes the mean over processes; with this weight each image counts once
             loss = loss * (count * WORLD / n)
-        # on a GPU a look at each loss would wait for the step to end; there `means` finds it
+        # on a GPU, loss.item() would wait for each step to end; there `means` checks once an epoch
         if device.type == "cpu" and not math.isfinite(loss.item()):
             raise FloatingPointError
-        state.sums = add_terms(state.sums, terms, count)  # here, while they are still in the cache
+        state.sums = add_terms(state.sums, terms, count)  # now, while they are in the CPU's cache
         state.optimizer.zero_grad()
         loss.backward()
         if args.grad_clip:
@@ -96,7 +96,7 @@ def train_epoch(state, data, args, after_step):
         state.optimizer.step()
         done += 1
         if state.ema and (done % EMA_EVERY == 0 or done == steps):
-            decay = min(args.ema, (1 + state.step) / (10 + state.step))  # less while the run is young
+            decay = min(args.ema, (1 + state.step) / (10 + state.step))  # at first it forgets faster
             update_ema(state.ema, state.model, decay ** ((done - 1) % EMA_EVERY + 1))
         state.step += 1
         after_step()
@@ -122,33 +122,33 @@ def test_epoch(model, split, args, purpose, after_step):
 def batches(split, order, args, *key, first=0):
     """This process's part of each batch of a pass in this order, from step `first` on.
 
-    key: of the random numbers: the purpose, and in training the epoch
+    key: (purpose,), or in training ("train", epoch), which chooses the random numbers
     → images, labels, noise (None for an AE), how many images the part counts for, and the whole batch has
 
     Batches are made for several steps at once, because one by one they would take a twentieth of a small
-    model's time. Random numbers are drawn for the whole batch of all processes, so they do not depend on who
-    asks.
+    model's time. Random numbers are drawn for the whole batch of all processes, so they do not depend
+    on the number of processes.
     """
     size = max(math.prod(split.stored.shape[1:]), 4 * math.prod(noise_shape(1, args)))  # bytes an image
-    steps = max(1, 2**21 // (args.batch_size * size))  # at most 2 MB
-    for which, chunk in enumerate(order.split(steps * args.batch_size)):
-        remaining = torch.arange(len(chunk)).split(args.batch_size)[max(0, first - which * steps):]
+    steps = max(1, 2**21 // (args.batch_size * size))  # about 2 MB
+    for block, chunk in enumerate(order.split(steps * args.batch_size)):
+        remaining = torch.arange(len(chunk)).split(args.batch_size)[max(0, first - block * steps):]
         if not remaining:
             continue
         shards = [distributed.shard(len(batch)) for batch in remaining]
         mine = [batch[part] for batch, (part, _) in zip(remaining, shards)]
         sizes = [len(batch) for batch in mine]
         part = slice(None) if sum(sizes) == len(chunk) else torch.cat(mine)
-        images, labels = split.batch(chunk, args.seed, "binarize", *key, which, part=part)
+        images, labels = split.batch(chunk, args.seed, "binarize", *key, block, part=part)
         if args.flip and key[0] == "train":
-            mirrored = torch.rand(len(chunk), generator=stream(args.seed, "flip", *key, which)) < 0.5
+            mirrored = torch.rand(len(chunk), generator=stream(args.seed, "flip", *key, block)) < 0.5
             mirrored = to_device(mirrored[part], images.device).view(-1, 1, 1, 1)
             images = torch.where(mirrored, images.flip(-1), images)
         if key[0] == "train" and key[1] < args.warp * args.epochs:
-            images = warp(images, stream(args.seed, "warp", *key, which), len(chunk), part)
+            images = warp(images, stream(args.seed, "warp", *key, block), len(chunk), part)
         noise = [None] * len(remaining)
         if args.loss_mode == "vae":
-            noise = normal(noise_shape(len(chunk), args), args.device, args.seed, "noise", *key, which)
+            noise = normal(noise_shape(len(chunk), args), args.device, args.seed, "noise", *key, block)
             noise = noise[to_device(part, args.device)].split(sizes)
         counts = [count for _, count in shards]
         yield from zip(images.split(sizes), labels.split(sizes), noise, counts, map(len, remaining))
@@ -156,7 +156,7 @@ def batches(split, order, args, *key, first=0):
 
 def noise_shape(n, args):
     """The shape of the noise of n images: for one latent each, or for K of them with --iw_train K."""
-    return n, *[args.iw_train] * bool(args.iw_train), args.latent_size
+    return (n, args.iw_train, args.latent_size) if args.iw_train else (n, args.latent_size)
 
 
 def steps_per_epoch(data, args):
@@ -164,7 +164,7 @@ def steps_per_epoch(data, args):
 
 
 def beta_at(epoch, args):
-    """The weight of the KL in an epoch, the first one being 0."""
+    """The weight of the KL in an epoch; epochs count from 0."""
     return beta_schedule(args.beta_mode, args.target_beta_val, args.epochs)(epoch)
 
 
@@ -206,6 +206,7 @@ def run(args, data, checkpoint, signals):
     results, checkpoints = Path(args.results_dir, args.log_dir), Path(args.checkpoint_dir, args.log_dir)
     with runs.run_folders(results, checkpoints, args.overwrite, resume=checkpoint is not None):
         print_start(args, data, state)
+        # a run that goes on compares new epochs with its best one
         if state.history and not broadcast(lambda: is_whole(checkpoints / "best.pt")):
             forget_best(args, state, checkpoints)
         log = runs.RunLog(results, state.history)
@@ -221,11 +222,11 @@ def run(args, data, checkpoint, signals):
                 log.epoch(state.history, lambda: draw_epoch(state, data, args, results))
                 # In this order: after a kill between the two files, the run goes on from the old last.pt and
                 # writes both again.
-                saver.save(*["best.pt"] * improved, "last.pt")
+                saver.save(*["best.pt", "last.pt"] if improved else ["last.pt"])
                 print_epoch(row, args, improved)
             test = test_best(state, data, args, checkpoints, saver.after_step)
         except FloatingPointError:
-            raise UserError(not_finite(args, state, checkpoints))
+            raise UserError(not_finite_message(args, state, checkpoints))
         print_test(test, args)
         if RANK == 0:
             runs.write_json(results / "test.json", test)
@@ -239,7 +240,7 @@ def run_epoch(state, data, args, saver):
     """Train and validate for an epoch → a row of metrics.csv"""
     train = with_loss(args, train_epoch(state, data, args, saver.after_step))
     val = with_loss(args, test_epoch(state.evaluated, data.val, args, "val", saver.after_step))
-    if args.loss_mode == "ae":  # for the samples of this epoch
+    if args.loss_mode == "ae":  # the Gaussian that samples are drawn from
         order = torch.arange(len(data.train))
         parts = batches(data.train, order, args, "prior", state.epoch)
         state.evaluated.fit_prior((images for images, _, _, count, _ in parts if count), all_reduce_sum)
@@ -250,8 +251,8 @@ def run_epoch(state, data, args, saver):
 
 
 def with_loss(args, terms):
-    """Terms and the loss that ranks epochs. It is always at the target beta, so that annealing does not make
-    the first epochs look best.
+    """Add `loss`, which ranks epochs. It is always at the target beta, so that annealing does not make the
+    first epochs look best.
     """
     if args.loss_mode == "ae":
         return {"loss": terms["rec"], "rec": terms["rec"]}
@@ -260,7 +261,7 @@ def with_loss(args, terms):
 
 @torch.no_grad()
 def test_best(state, data, args, checkpoints, after_step):
-    """Load the weights of the best epoch → its figures on the test images"""
+    """Replace the weights by those of best.pt → its figures on the test images"""
     best, model = broadcast(lambda: load_checkpoint(checkpoints / "best.pt")), state.evaluated
     model.load_state_dict(best["ema"] or best["model"])
     terms = with_loss(args, test_epoch(model, data.test, args, "test", after_step))
@@ -278,7 +279,7 @@ def test_best(state, data, args, checkpoints, after_step):
 def begin(args, data, checkpoint):
     """→ the State of a new run, or that of the checkpoint"""
     if checkpoint and checkpoint["processes"] == WORLD:
-        torch.set_num_threads(checkpoint["threads"])  # another number would add up in another order
+        torch.set_num_threads(checkpoint["threads"])  # the last bit of a sum depends on their number
     torch.backends.cudnn.deterministic = True  # otherwise the same step may end in another last bit
     state = new_state(args, data.about())
     if checkpoint:
@@ -402,14 +403,14 @@ def prepare_network(state, data, args):
         else:
             state.network = compiled
     if WORLD > 1:
-        with warnings.catch_warnings():  # broadcast_buffers has a new name in torch 2.13, which 2.11 lacks
+        with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers; 2.11 knows only this name
             warnings.simplefilter("ignore", FutureWarning)
             state.network = try_out(DistributedDataParallel(state.network, broadcast_buffers=False,
                                                             gradient_as_bucket_view=True))
 
 
 def free_name(args):
-    """A name for the run, made of what matters, with a number if it is taken."""
+    """A name for the run, of the loss mode, the dataset and the model, with a number if it is taken."""
     name = "_".join(["cvae" if args.conditional else args.loss_mode,
                      args.dataset if args.dataset in DATASETS else
                      re.sub(r"[^\w.-]+", "_", Path(args.dataset).resolve().name) or "images", args.model])
@@ -427,12 +428,12 @@ class Saver:
 
     def __init__(self, args, data, state, folder, signals):
         self.args, self.data, self.state, self.folder, self.signals = args, data, state, folder, signals
-        self.steps, self.interval = 0, 1  # of many processes: since they last agreed; until they agree again
+        self.steps, self.interval = 0, 1  # since all processes agreed on what to do; until they agree again
         self.saved = self.agreed = time.monotonic()
         self.epoch_start = self.saved - state.elapsed
 
     def lap(self):
-        """The seconds of the epoch that ends now."""
+        """Restart the epoch's clock → the seconds of the epoch that ends now"""
         start, self.epoch_start = self.epoch_start, time.monotonic()
         return round(self.epoch_start - start, 3)
 
@@ -478,7 +479,7 @@ class Saver:
 
 
 def scheduled(args):
-    """The arguments that fix the number of epochs."""
+    """The arguments that depend on the number of epochs, so that it cannot grow any more."""
     names = ["beta_mode"] * (args.loss_mode == "vae") + ["lr_schedule", "warp"]
     return [f"--{name}" for name in names if vars(args)[name] not in ("constant", 0)]
 
@@ -495,12 +496,12 @@ def forget_best(args, state, checkpoints):
     state.best = math.inf
 
 
-def not_finite(args, state, checkpoints):
+def not_finite_message(args, state, checkpoints):
     """The message for a loss or a weight that is not finite."""
     whole = [path.as_posix() for path in sorted(checkpoints.glob("*.pt")) if is_whole(path)]
     epoch = min(state.epoch + 1, args.epochs)
     return (f"epoch {epoch}, after step {state.step}: the loss or a weight is not finite (lr {args.lr:g}, "
-            f"beta {beta_at(epoch - 1, args):g}). Start anew with a smaller --lr, beta or --grad_clip 1000."
+            f"beta {beta_at(epoch - 1, args):g}). Begin anew: a smaller --lr or beta, or --grad_clip 1000."
             + (f" Still good: {', '.join(whole)}" if whole else ""))
 
 
@@ -546,7 +547,7 @@ def describe(row, prefix):
 def draw_epoch(state, data, args, folder):
     """samples_EEE.png and reconstructions_EEE.png: the same latents and validation images in each epoch."""
     model, epoch, n, labels = state.evaluated, state.epoch, 64, None
-    if args.conditional:  # a row for each class, of the first 32
+    if args.conditional:  # a row for each of the first 32 classes
         n = 8 * min(len(data.classes), 32)
         labels = torch.arange(n, device=args.device) // 8
     _, samples = model.sample(n, labels, generator=stream(args.seed, "samples"))
@@ -573,12 +574,11 @@ def run_seeds(args, data, signals):
     for seed in args.seeds:
         one = Namespace(**{**vars(args), "seed": seed, "seeds": None, "log_dir": f"{group}/seed_{seed}"})
         checkpoint, test = broadcast(lambda: earlier_run(one, data))
-        # without a checkpoint, anything else that is there is of a run that was killed before its first save
-        one.overwrite = not Path(one.checkpoint_dir, one.log_dir, "best.pt").exists()
+        one.overwrite = True  # files without a checkpoint are of a run that was killed before its first save
         try:
-            tests.append(test or run(one, data, checkpoint, signals))
+            tests.append(run(one, data, checkpoint, signals) if test is None else test)
         except SystemExit:
-            say("or all seeds: the same command again, without --overwrite")
+            say(f"all seeds go on with the same command and --log_dir {group}, without --overwrite")
             raise
     columns = [f"seed_{seed}" for seed in args.seeds]
     rows = []
@@ -587,7 +587,7 @@ def run_seeds(args, data, signals):
         if values:
             std = statistics.stdev(values) if len(values) > 1 else None
             rows.append({"figure": name, "mean": statistics.mean(values), "std": std,
-                         **dict(zip(columns, values))})
+                         **{column: test[name] for column, test in zip(columns, tests)}})
             say(f"{name:14s} {rows[-1]['mean']:10.4f}" + (f" ± {std:.4f}" if std is not None else ""))
     if RANK == 0:
         runs.write_csv(Path(args.results_dir, group, "seeds.csv"), ["figure", "mean", "std", *columns], rows)
@@ -600,12 +600,16 @@ def earlier_run(args, data):
 
     Raises UserError if it had other arguments or other data.
     """
-    path = Path(args.checkpoint_dir, args.log_dir, "last.pt")
     test = Path(args.results_dir, args.log_dir, "test.json")
-    if not path.is_file():
+    folder = Path(args.checkpoint_dir, args.log_dir)
+    # a run that was killed between its first two files has only best.pt
+    path = next((folder / name for name in ("last.pt", "best.pt") if (folder / name).is_file()), None)
+    if path is None:
         return None, None
     checkpoint = verify_checkpoint(path)
-    for name in runs.differing_arguments([checkpoint["args"], vars(args)]):
+    differing = runs.differing_arguments([checkpoint["args"], vars(args)])
+    if differing:
+        name = differing[0]
         raise UserError(f"{path} was trained with --{name} {checkpoint['args'].get(name)}, not "
                         f"{vars(args)[name]}; take another --log_dir, or --overwrite to start all seeds anew")
     check_unchanged(args, data, checkpoint)
@@ -634,7 +638,7 @@ def make_parser():
     add("--warp", type=number(float, 0), default=0.0, metavar="SHARE",
         help="augmentation: bend training images a little, at random, in the first SHARE of the epochs")
     add("--limit", type=number(int, 1), metavar="N",
-        help="use only the first N training images (default: all)")
+        help="use only N training images, the same ones in every run (default: all)")
 
     add = parser.add_argument_group("model").add_argument
     add("--loss_mode", choices=("ae", "vae"), default="vae", help="autoencoder or variational autoencoder")
@@ -684,14 +688,14 @@ def make_parser():
     add("--results_dir", default="results", metavar="DIR", help="where pictures and figures go")
     add("--checkpoint_dir", default="checkpoints", metavar="DIR", help="where checkpoints go")
     add("--overwrite", action="store_true", help="replace the run that has this name")
-    add("--seed", type=number(int, 0), default=1, metavar="N", help="of all random numbers")
+    add("--seed", type=number(int, 0), default=1, metavar="N", help="seed of all random numbers")
     add("--seeds", type=number(int, 0), nargs="+", metavar="N",
         help="a run for each seed, then mean ± standard deviation; the same command again resumes them "
              "(default: only --seed)")
     add("--device", type=device_type, default=cli.default_device(), help="cpu, cuda or mps")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="of the networks in training (on CUDA, fp32 has tf32 products); auto: bf16 if the hardware "
-             "multiplies in it, because it is many times slower without such hardware")
+        help="precision of the networks in training (on CUDA, fp32 has tf32 products); auto: bf16 if the "
+             "hardware multiplies in it, because it is many times slower without such hardware")
     add("--compile", action="store_true", help="use torch.compile")
     add("--progress_bar", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
         help="(default: only on a terminal)")
@@ -704,7 +708,7 @@ def make_parser():
 
 def parse_args(argv=None):
     """→ the arguments, and the checkpoint to go on from (None for a new run)"""
-    parser, unset = make_parser(), object()
+    parser, unset = make_parser(), object()  # parsed onto `unset` to know which options were given
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
@@ -725,16 +729,17 @@ def check_args(parser, args):
     if args.dataset not in DATASETS and not (args.dataset and Path(args.dataset).is_dir()):
         parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} "
                      "nor a folder")
-    for name in ("results_dir", "checkpoint_dir", "data_dir") if args.dataset not in DATASETS else ():
-        if Path(vars(args)[name]).resolve().is_relative_to(Path(args.dataset).resolve()):
+    for name in ("results_dir", "checkpoint_dir", "data_dir"):
+        if args.dataset not in DATASETS and \
+                Path(vars(args)[name]).resolve().is_relative_to(Path(args.dataset).resolve()):
             parser.error(f"argument --dataset: --{name} {vars(args)[name]} lies within {args.dataset!r}, so "
                          "what is written there would become images of it; move one of them")
     if len(args.image_size or ()) > 2:
         parser.error(f"argument --image_size: {len(args.image_size)} numbers, only height [width]")
     if args.binarize == "stochastic" and args.levels != 2:
         parser.error(f"argument --binarize: stochastic goes with --levels 2, not {args.levels}")
-    for name in ("conditional", "flow", "free_bits", "iw_train") if args.loss_mode == "ae" else ():
-        if vars(args)[name]:
+    for name in ("conditional", "flow", "free_bits", "iw_train"):
+        if args.loss_mode == "ae" and vars(args)[name]:
             parser.error(f"argument --{name}: goes with --loss_mode vae, not ae")
     if args.flow and args.free_bits:
         parser.error(f"argument --free_bits: {args.free_bits} does not go with --flow, whose KL has no parts "
@@ -749,10 +754,11 @@ def check_args(parser, args):
                          "has no KL to weight")
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error(f"argument --seeds: {' '.join(map(str, args.seeds))} names a seed twice")
-    for root in (args.results_dir, args.checkpoint_dir) if args.log_dir and not args.overwrite else ():
-        folder = Path(root, args.log_dir)
-        if runs.holds_run(folder) or (runs.holds_seeds(folder) and not args.seeds):
-            parser.error(f"argument --log_dir: {folder} holds a run already; {runs.TAKEN}")
+    for root in (args.results_dir, args.checkpoint_dir):
+        folder = Path(root, args.log_dir or "")
+        taken = runs.holds_run(folder) or (runs.holds_seeds(folder) and not args.seeds)
+        if args.log_dir and not args.overwrite and taken:
+            parser.error(f"argument --log_dir: {folder} holds a run already; {runs.HOW_TO_GO_ON}")
 
 
 def resume_args(parser, defaults, given):
@@ -796,9 +802,8 @@ def resume_args(parser, defaults, given):
 
 
 def place_of(parser, path, args):
-    """A run that was moved, copied or renamed goes on where its checkpoint is now, under the name of its
-    folder
-    → checkpoint_dir, log_dir
+    """→ checkpoint_dir and log_dir of the run, from where its checkpoint is now: it may have been moved,
+    copied or renamed
     """
     folder, name = path.resolve().parent, Path(args.log_dir).parts
     if folder.parts[-len(name):] != name:
@@ -818,13 +823,13 @@ def main(argv=None):
         args.device = cli.own_device(args.device)
         if RANK:
             args.progress_bar = False
-        others = distributed.LOCAL_RANK > 0
-        if others:  # wait until the first process of this machine has filled the cache and printed messages
+        waits = distributed.LOCAL_RANK > 0
+        if waits:  # wait until the first process of this machine has filled the cache and printed messages
             distributed.barrier()
-        with contextlib.redirect_stderr(io.StringIO()) if others else contextlib.nullcontext():
+        with contextlib.redirect_stderr(io.StringIO()) if waits else contextlib.nullcontext():
             data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize,
                         args.transform, args.limit, args.device, progress_bar=args.progress_bar)
-        if not others:
+        if not waits:
             distributed.barrier()
         with runs.Signals() as signals:
             if args.seeds:

@@ -48,13 +48,18 @@ def elbo_to_bpd(elbo, img_shape):
     return elbo * math.log2(math.e) / math.prod(img_shape[1:])
 
 
-def active_units(means):
-    """How many latent dimensions carry information: the variance over x of E[z|x] is above 0.01
+def active_dimensions(means):
+    """Which latent dimensions carry information: the variance over x of E[z|x] is above 0.01
     (Burda et al. 2016, section 5).
 
-    means: [N, D], posterior means of N images → int
+    means: [N, D], posterior means of N images → bool [D]
     """
-    return int((means.cpu().double().var(0, correction=0) > 0.01).sum())
+    return means.cpu().double().var(0, correction=0) > 0.01
+
+
+def active_units(means):
+    """The number of active dimensions, int."""
+    return int(active_dimensions(means).sum())
 
 
 def mean_and_covariance(batches, size, all_reduce_sum=lambda sums: sums):

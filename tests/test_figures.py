@@ -63,7 +63,7 @@ def test_progress_is_a_film_of_the_samples(folder, workplace, capsys):
             with Image.open(f"results/run/samples_{epoch:03d}.png") as still:
                 difference = np.asarray(film.convert("RGB"), float) - np.asarray(still.convert("RGB"), float)
             assert np.abs(difference).mean() < 4 and film.info["duration"] == (2000 if epoch == 3 else 300)
-    figures.progress("few.gif", "", sorted(Path("results/run").glob("samples_00*.png")), most=2)
+    figures.progress("few.gif", sorted(Path("results/run").glob("samples_00*.png")), most=2)
     with Image.open("few.gif") as film:
         assert film.n_frames == 2
     for path in Path("results/run").glob("samples_00[23].png"):
