@@ -21,7 +21,6 @@ from data import load, quantize
 from datasets import NAMED, import_torchvision
 from model import build
 from networks import NETWORKS
-from utils import normal
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = {"model": "model", "batch_size": "batch", "images_per_second": "images/s",
@@ -65,9 +64,9 @@ def measure(argv, images, repeats, baseline):
     data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform,
                 max(1, images // args.batch_size) * args.batch_size, device)
     n, batch_size = len(data.train), min(args.batch_size, len(data.train))
-    state = train.begin(args, data, None)
+    state = train.begin_or_resume(args, data, None)
     batch, labels = data.train.batch(torch.arange(batch_size), args.seed, "binarize")
-    noise = normal(train.noise_shape(batch_size, args), device, args.seed, "noise")
+    noise = train.draw_noise(batch_size, args)
     with FlopCounterMode(display=False) as flops:
         rec, kl, _ = state.model(batch, labels, noise)
         (rec + kl).backward()

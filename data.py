@@ -179,10 +179,9 @@ def binarize(images, *key):
 
 
 def warp(images, generator, n, part=slice(None)):
-    """Shift the rows of images [N, C, H, W], then their columns, each by an amount that is a random parabola
-    of
-    its position: a digit slants, turns and bends a little. Shifts are whole pixels, so nothing blurs. The
-    border is repeated.
+    """Shift the rows of images [N, C, H, W], then their columns, each by a random parabola of its
+    position: a digit slants, turns and bends a little. Shifts are whole pixels, so nothing blurs. The border
+    is repeated.
 
     part: which of n images these are; random numbers are drawn for all n
     """

@@ -70,8 +70,7 @@ def vae_terms(model, images, labels, k, args, which):
 
 def pca_squared_error(data, order, components):
     """The squared error on [0, 1] of an image of the test split at `order` when the principal components of
-    the
-    training images reconstruct it: no linear autoencoder has a lower one on the training images. None for
+    the training images reconstruct it. No linear autoencoder has a lower one on the training images. None for
     images of more than 8,192 numbers, whose covariance would not fit into memory.
     """
     if math.prod(data.shape) > 8192:

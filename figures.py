@@ -166,8 +166,7 @@ def scatter(axis, points, labels, names):
 def units(path, title, kl, active, t, densities):
     """The KL of each latent dimension, and the aggregate posterior of some dimensions beside N(0, 1).
 
-    kl, active: [D], in the order of the figure; t: [T]; densities: name of a dimension → its density at t,
-    [T]
+    kl, active: [D], in the order of the figure; t: [T]; densities: dimension's name → density at t, [T]
     """
     figure = new_figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(textwrap.fill(title, 120), fontsize=10, x=0.01, ha="left")

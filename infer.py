@@ -109,9 +109,8 @@ class Subject:
         namespace:
 
         z [N, D] and labels [N], on the CPU; order: the dimensions, most active first
-        std [N, D] and kl [D] in nats: of a Gaussian posterior (None for an AE and with --flow; then `order`
-        is
-            by variance)
+        std [N, D] and kl [D] in nats: of a Gaussian posterior (None for an AE and with --flow; then
+            `order` is by variance)
         active [D]: of a VAE, whether the variance of z is above 0.01
         """
         if self.data and len(self.shuffled("latents")):

@@ -149,11 +149,9 @@ class VAE(AE):
     """A variational autoencoder (Kingma & Welling 2014) with a Gaussian posterior and the prior N(0, I).
 
     flow: the number of pairs of coupling layers that make the posterior more flexible than a Gaussian. Above
-    0,
-        L_reg is an estimate of the KL from the z that was drawn: unbiased, and it may be negative.
+        0, L_reg is an estimate of the KL from the z that was drawn: unbiased, and it may be negative.
     free_bits: in nats. If the KL of an image in a latent dimension is below this, it gets no gradient (Kingma
-    et
-        al. 2016, here for each image). The reported KL is the true one.
+        et al. 2016, here for each image). The reported KL is the true one.
     iw_train: the number K of latents of the importance-weighted bound (Burda et al. 2016), whose terms
         `forward` then returns; 0 for the ELBO.
     """

@@ -317,8 +317,7 @@ class RunLog:
 # Signals
 
 class Signals:
-    """While the context is entered, SIGINT and SIGTERM only set `received`, for the training loop to look at.
-    A
+    """While entered, SIGINT and SIGTERM only set `received`, for the training loop to look at. A
     second signal ends the process at once, unless there are many processes: each of these gets a signal
     twice, from the terminal and from torchrun, and torchrun itself kills those that take too long.
     """

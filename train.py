@@ -148,10 +148,14 @@ def batches(split, order, args, *key, first=0):
             images = warp(images, stream(args.seed, "warp", *key, block), len(chunk), part)
         noise = [None] * len(remaining)
         if args.loss_mode == "vae":
-            noise = normal(noise_shape(len(chunk), args), args.device, args.seed, "noise", *key, block)
-            noise = noise[to_device(part, args.device)].split(sizes)
+            noise = draw_noise(len(chunk), args, *key, block)[to_device(part, args.device)].split(sizes)
         counts = [count for _, count in shards]
         yield from zip(images.split(sizes), labels.split(sizes), noise, counts, map(len, remaining))
+
+
+def draw_noise(n, args, *key):
+    """The noise of n images for the reparameterisation, N(0, I), see noise_shape"""
+    return normal(noise_shape(n, args), args.device, args.seed, "noise", *key)
 
 
 def noise_shape(n, args):
@@ -201,7 +205,7 @@ def run(args, data, checkpoint, signals):
     Raises UserError.
     """
     check_data(args, data, checkpoint)
-    state = begin(args, data, checkpoint)
+    state = begin_or_resume(args, data, checkpoint)
     args.log_dir = args.log_dir or broadcast(lambda: free_name(args))
     results, checkpoints = Path(args.results_dir, args.log_dir), Path(args.checkpoint_dir, args.log_dir)
     with runs.run_folders(results, checkpoints, args.overwrite, resume=checkpoint is not None):
@@ -216,7 +220,7 @@ def run(args, data, checkpoint, signals):
                 (results / "test.json").unlink(missing_ok=True)  # of fewer epochs
             while state.epoch < args.epochs:
                 row = run_epoch(state, data, args, saver)
-                improved = row["val_loss"] < state.best
+                improved = is_best(row, state)
                 state.epoch, state.sums = row["epoch"], no_sums(args.device)
                 state.best, state.history = min(state.best, row["val_loss"]), [*state.history, row]
                 log.epoch(state.history, lambda: draw_epoch(state, data, args, results))
@@ -238,8 +242,8 @@ def run(args, data, checkpoint, signals):
 
 def run_epoch(state, data, args, saver):
     """Train and validate for an epoch → a row of metrics.csv"""
-    train = with_loss(args, train_epoch(state, data, args, saver.after_step))
-    val = with_loss(args, test_epoch(state.evaluated, data.val, args, "val", saver.after_step))
+    train = with_ranking_loss(args, train_epoch(state, data, args, saver.after_step))
+    val = with_ranking_loss(args, test_epoch(state.evaluated, data.val, args, "val", saver.after_step))
     if args.loss_mode == "ae":  # the Gaussian that samples are drawn from
         order = torch.arange(len(data.train))
         parts = batches(data.train, order, args, "prior", state.epoch)
@@ -250,7 +254,7 @@ def run_epoch(state, data, args, saver):
             **{f"val_{name}": value for name, value in val.items()}, "seconds": saver.lap()}
 
 
-def with_loss(args, terms):
+def with_ranking_loss(args, terms):
     """Add `loss`, which ranks epochs. It is always at the target beta, so that annealing does not make the
     first epochs look best.
     """
@@ -259,12 +263,17 @@ def with_loss(args, terms):
     return {"loss": terms["rec"] + args.target_beta_val * terms["kl"], **terms}
 
 
+def is_best(row, state):
+    """Whether this epoch has the lowest validation loss so far; then it becomes best.pt."""
+    return row["val_loss"] < state.best
+
+
 @torch.no_grad()
 def test_best(state, data, args, checkpoints, after_step):
     """Replace the weights by those of best.pt → its figures on the test images"""
     best, model = broadcast(lambda: load_checkpoint(checkpoints / "best.pt")), state.evaluated
     model.load_state_dict(best["ema"] or best["model"])
-    terms = with_loss(args, test_epoch(model, data.test, args, "test", after_step))
+    terms = with_ranking_loss(args, test_epoch(model, data.test, args, "test", after_step))
     test = {"epoch": best["epoch"], **{f"test_{name}": value for name, value in terms.items()}}
     if args.loss_mode == "vae":
         index = torch.arange(len(data.test)).split(args.batch_size)
@@ -276,14 +285,14 @@ def test_best(state, data, args, checkpoints, after_step):
 # ------------------------------------------------------------------------------------------------------------
 # How a run begins
 
-def begin(args, data, checkpoint):
+def begin_or_resume(args, data, checkpoint):
     """→ the State of a new run, or that of the checkpoint"""
     if checkpoint and checkpoint["processes"] == WORLD:
         torch.set_num_threads(checkpoint["threads"])  # the last bit of a sum depends on their number
     torch.backends.cudnn.deterministic = True  # otherwise the same step may end in another last bit
     state = new_state(args, data.about())
     if checkpoint:
-        load_state(state, checkpoint)
+        restore_state(state, checkpoint)
     state.sums = state.sums.to(no_sums(args.device))
     prepare_network(state, data, args)
     return state
@@ -299,7 +308,7 @@ def new_state(args, about):
     return State(model, copy.deepcopy(model) if args.ema else None, optimizer, no_sums(args.device))
 
 
-def load_state(state, checkpoint):
+def restore_state(state, checkpoint):
     """Put the content of a checkpoint into a new state. Raises some exception if it does not fit."""
     state.model.load_state_dict(checkpoint["model"])
     if state.ema:
@@ -331,7 +340,7 @@ def verify_checkpoint(path):
     if "optimizer" in checkpoint and checkpoint["optimizer"] is None:
         raise UserError(f"{path} was packed for drawing, without what training needs to go on")
     try:
-        load_state(new_state(Namespace(**{**checkpoint["args"], "device": "cpu"}), checkpoint["data"]),
+        restore_state(new_state(Namespace(**{**checkpoint["args"], "device": "cpu"}), checkpoint["data"]),
                    checkpoint)
         if not isinstance(checkpoint["threads"], int):
             raise TypeError(f"threads is {checkpoint['threads']!r}")

@@ -217,7 +217,7 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
         stop_at(patch, 20)
         with pytest.raises(SystemExit, match="143"):
             train.main(argv("cut"))
-    assert "the same command again" in capsys.readouterr().out
+    assert "the same command and --log_dir cut" in capsys.readouterr().out
     Path("results/cut/seed_6").mkdir()  # as if this one had been killed before its first save
     Path("results/cut/seed_6/metrics.csv").touch()
     before = Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns
@@ -231,6 +231,12 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
     for seed in (4, 5, 6):
         assert_same_runs(*((workplace / "results" / name / f"seed_{seed}",
                             workplace / "checkpoints" / name / f"seed_{seed}") for name in ("whole", "cut")))
+    before_last = runs.load_checkpoint("checkpoints/whole/seed_6/last.pt")
+    Path("checkpoints/whole/seed_6/last.pt").unlink()  # as if it had been killed between its first two files
+    Path("results/whole/seed_6/test.json").unlink()
+    train.main(argv("whole"))
+    assert same(runs.load_checkpoint("checkpoints/whole/seed_6/best.pt"), before_last)
+    assert Path("results/cut/seeds.csv").read_text() == Path("results/whole/seeds.csv").read_text()
     # One of them goes on alone.
     shutil.copytree("checkpoints/cut/seed_5", "checkpoints/solo")
     train.main(["--resume", "checkpoints/solo/last.pt", "--epochs", "2"])
