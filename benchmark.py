@@ -1,5 +1,6 @@
 """How fast training is, and how far from the limits of this machine: python benchmark.py --help"""
 
+import processors  # noqa: F401  # isort: skip (before torch)
 import functools
 import json
 import multiprocessing

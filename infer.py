@@ -3,6 +3,7 @@
 From Python: `model, checkpoint = restore("checkpoints/NAME/best.pt")`.
 """
 
+import processors  # isort: skip (before torch)
 import math
 import re
 import sys
@@ -557,6 +558,8 @@ def read_data(args, trained, about):
 def main(argv=None):
     args = parse_args(argv)
     cli.allow_tf32(False)
+    if not processors.CHOSEN:
+        torch.set_num_threads(min(torch.get_num_threads(), processors.available()))
     if args.explore:
         figures.want_window()
     subjects = [open_checkpoint(path, args) for path in args.ckpt]

@@ -1,5 +1,6 @@
 """Train an AE, a VAE or a conditional VAE on small images: python train.py --help"""
 
+import processors  # isort: skip (before torch)
 import argparse
 import contextlib
 import copy
@@ -224,6 +225,8 @@ def run(args, data, checkpoint, signals):
                 state.epoch, state.sums = row["epoch"], no_sums(args.device)
                 state.best, state.history = min(state.best, row["val_loss"]), [*state.history, row]
                 log.epoch(state.history, lambda: draw_epoch(state, data, args, results))
+                if processors.load.seconds() > 1:  # in less time, the system counts too coarsely
+                    adapt_threads()
                 # In this order: after a kill between the two files, the run goes on from the old last.pt and
                 # writes both again.
                 saver.save(*["best.pt", "last.pt"] if improved else ["last.pt"])
@@ -289,6 +292,8 @@ def begin_or_resume(args, data, checkpoint):
     """→ the State of a new run, or that of the checkpoint"""
     if checkpoint and checkpoint["processes"] == WORLD:
         torch.set_num_threads(checkpoint["threads"])  # the last bit of a sum depends on their number
+    else:
+        adapt_threads()
     torch.backends.cudnn.deterministic = True  # otherwise the same step may end in another last bit
     state = new_state(args, data.about())
     if checkpoint:
@@ -296,6 +301,23 @@ def begin_or_resume(args, data, checkpoint):
     state.sums = state.sums.to(no_sums(args.device))
     prepare_network(state, data, args)
     return state
+
+
+MOST_THREADS = torch.get_num_threads()  # torch's own choice, which knows the processor's cores
+
+
+def adapt_threads():
+    """Compute with as many threads as other processes leave free, unless the user has chosen their number.
+    With more, threads wait for each other in every operation.
+    """
+    if processors.CHOSEN or WORLD > 1:
+        return
+    others = processors.load.look()
+    threads = min(MOST_THREADS, processors.free(others))
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+        say(f"computes with {threads} thread{'s' * (threads > 1)}: other processes use {others:.1f} of "
+            f"{processors.available()} processors")
 
 
 def new_state(args, about):
@@ -438,13 +460,26 @@ class Saver:
     def __init__(self, args, data, state, folder, signals):
         self.args, self.data, self.state, self.folder, self.signals = args, data, state, folder, signals
         self.steps, self.interval = 0, 1  # since all processes agreed on what to do; until they agree again
-        self.saved = self.agreed = time.monotonic()
+        self.saved = self.agreed = self.stepped = time.monotonic()
         self.epoch_start = self.saved - state.elapsed
+        self.durations, self.first, self.warned = [], None, False  # seconds of steps
 
     def lap(self):
         """Restart the epoch's clock → the seconds of the epoch that ends now"""
         start, self.epoch_start = self.epoch_start, time.monotonic()
+        self.warn_if_slow()
         return round(self.epoch_start - start, 3)
+
+    def warn_if_slow(self):
+        """Say once if the steps of an epoch took several times as long as the run's first ones."""
+        if len(self.durations) >= 50:
+            self.first = self.first or statistics.median(self.durations[5:50])
+            slower = statistics.mean(self.durations) / self.first
+            if slower > 3 and not self.warned:
+                self.warned = True
+                warn(f"steps take {slower:.0f} times as long as the first ones: something else keeps the "
+                     "machine busy; OMP_NUM_THREADS=1 before the commands helps, or run them one by one")
+        self.durations = []
 
     def save(self, *names):
         """Write the state to these files. Raises FloatingPointError if it could not be read again."""
@@ -461,12 +496,17 @@ class Saver:
             raise FloatingPointError
         for name in names if RANK == 0 else ():
             save_checkpoint(self.folder / name, checkpoint)
-        self.saved = time.monotonic()
+        self.saved = self.stepped = time.monotonic()  # no step is to blame for this
 
     def after_step(self):
         """Save if it is time to, and exit if a signal asks for it. Many processes must agree on both. That
         takes time, so they do it every 16 steps, or about every second if steps are slow.
         """
+        self.durations.append(time.monotonic() - self.stepped)
+        self.save_if_due()
+        self.stepped = time.monotonic()
+
+    def save_if_due(self):
         self.steps += 1
         if WORLD > 1 and self.steps < self.interval:
             return

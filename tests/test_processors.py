@@ -1,0 +1,92 @@
+"""Tests of processors.py."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import processors
+import runs
+import train
+from tests.conftest import assert_same_runs, fit
+
+
+def test_processors_are_those_of_the_affinity_and_of_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(processors.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    own = tmp_path / "cgroup"
+    own.write_text("0::/\n")
+    for quota, expected in (("max 100000", 64), ("200000 100000", 2), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert processors.available(tmp_path, own) == expected
+    own.write_text("0::/slice/job\n")  # the least of the groups around it counts
+    (tmp_path / "slice/job").mkdir(parents=True)
+    (tmp_path / "slice/cpu.max").write_text("400000 100000\n")
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert processors.available(tmp_path, own) == 4
+    assert processors.available(tmp_path / "none", tmp_path / "none") == 64
+    monkeypatch.setattr(processors, "available", lambda: 8)
+    # of 64, others need more than 56 before this process gets fewer than its 8
+    assert [processors.free(others) for others in (0.0, 55.9, 57.0, 60.4, 63.2, 70.0)] == [8, 8, 7, 4, 1, 1]
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not tell")
+def test_the_load_is_that_of_other_processes():
+    load = processors.Load()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:  # busy itself, which does not count
+            pass
+        busy = load.look()
+        other.kill()
+    assert 0.3 < busy < processors.available() or processors.available() == 1
+
+
+def test_threads_change_between_epochs_and_a_resumed_run_goes_on_with_them(folder, workplace, monkeypatch):
+    if torch.get_num_threads() < 2:
+        pytest.skip("one thread")
+    before, seen = torch.get_num_threads(), []
+
+    class Loads:
+        def __init__(self, *others):
+            self.others = list(others)
+
+        def look(self):
+            return self.others.pop(0)
+
+        def seconds(self):
+            return 2
+    monkeypatch.setattr(processors, "CHOSEN", False)
+    monkeypatch.setattr(processors, "available", lambda: 2)
+    monkeypatch.setattr(processors.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    train_epoch = train.train_epoch
+    monkeypatch.setattr(train, "train_epoch", lambda *args: seen.append(torch.get_num_threads())
+                        or train_epoch(*args))
+    try:
+        for name, epochs in (("whole", 3), ("run", 1)):
+            monkeypatch.setattr(processors, "load", Loads(1.0, 1.0, 0.0, 0.0))  # at first, after epochs
+            fit(folder, epochs=epochs)
+            for root in ("results", "checkpoints") if name == "whole" else ():
+                Path(root, "run").rename(Path(root, "whole"))
+        assert runs.load_checkpoint("checkpoints/run/last.pt")["threads"] == 1
+        monkeypatch.setattr(processors, "load", Loads(0.0, 0.0))
+        torch.set_num_threads(2)
+        train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1, 2, 1, 1, 2]
+    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
+                       for name in ("whole", "run")))
+
+
+def test_steps_that_become_slow_are_reported_once(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    saver = train.Saver.__new__(train.Saver)
+    saver.durations, saver.first, saver.warned = [], None, False
+    for seconds in (0.01, 0.02, 0.05, 0.05):
+        saver.durations = [seconds] * 60
+        saver.warn_if_slow()
+    assert capsys.readouterr().err.count("5 times as long") == 1
