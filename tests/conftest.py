@@ -213,6 +213,7 @@ def run_quietly(said, main, argv, most):
             os.dup2(out.fileno(), number)
     sys.argv = [f"{main.__module__}.py", *argv]
     torch.set_num_threads(1)
+    processors.CHOSEN = True
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that this one begins
     if most:
         import resource
