@@ -8,9 +8,10 @@ import os
 import time
 from pathlib import Path
 
-# A thread that waits for the others of an operation spins for a moment, then sleeps. By default it spins 300,000
-# times, also while another process needs its processor. Measured with two MLPs of two threads each on 2 cores,
-# milliseconds a step: 150 with 40,000, 54 with 10,000, 23 with 2,000; alone 11 to 12, at 2,000 a tenth more.
+# A thread that waits for the others of an operation spins for a moment, then sleeps. By default it spins
+# 300,000 times, also while another process needs its processor. Measured with two MLPs of two threads each on
+# 2 cores, milliseconds a step: 150 with 40,000, 54 with 10,000, 23 with 2,000; alone 11 to 12, at 2,000 a
+# tenth more.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
