@@ -225,8 +225,7 @@ def run(args, data, checkpoint, signals):
                 state.epoch, state.sums = row["epoch"], no_sums(args.device)
                 state.best, state.history = min(state.best, row["val_loss"]), [*state.history, row]
                 log.epoch(state.history, lambda: draw_epoch(state, data, args, results))
-                if processors.load.seconds() > 1:  # in less time, the system counts too coarsely
-                    adapt_threads()
+                adapt_threads()
                 # In this order: after a kill between the two files, the run goes on from the old last.pt and
                 # writes both again.
                 saver.save(*["best.pt", "last.pt"] if improved else ["last.pt"])
@@ -310,7 +309,7 @@ def adapt_threads():
     """Compute with as many threads as other processes leave free, unless the user has chosen their number.
     With more, threads wait for each other in every operation.
     """
-    if processors.CHOSEN or WORLD > 1:
+    if processors.CHOSEN or WORLD > 1 or processors.load.seconds() < 0.5:  # a coarse count
         return
     others = processors.load.look()
     threads = min(MOST_THREADS, processors.free(others))

@@ -79,7 +79,7 @@ def test_submission_without_a_checkpoint_or_that_does_not_run(folder, workplace,
     assert "packed without pictures" in capsys.readouterr().err
     monkeypatch.setattr(submit, "CODE", ("infer.py", "data.py"))
     status, error = outcome(submit.main, [], capsys)
-    assert status == 1 and "No module named 'cli'" in error and not Path("submission.zip").exists()
+    assert status == 1 and "No module named 'processors'" in error and not Path("submission.zip").exists()
 
 
 def test_the_pictures_of_the_readme_are_there():
