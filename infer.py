@@ -39,6 +39,7 @@ def restore(path, device="cpu"):
         for name in ("results_dir", "dataset", "data_dir", "image_size", "levels", "binarize", "transform",
                      "limit"):
             checkpoint["args"][name]  # raises KeyError if it is missing
+        checkpoint["data"]["images"], checkpoint["data"]["crc32"], checkpoint["epoch"], checkpoint["history"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this project ({one_line(error)})")
     return model.to(device).eval(), checkpoint

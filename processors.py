@@ -46,7 +46,7 @@ class Load:
         self.last = self.now()
 
     def now(self):
-        """→ the clock, the seconds that our processors were busy, those of this process"""
+        """→ the clock, the seconds that our processors were busy, those of this process and its children"""
         busy = 0.0
         try:
             ours = os.sched_getaffinity(0)
@@ -57,7 +57,7 @@ class Load:
                     busy += (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
         except (OSError, ValueError, AttributeError):
             pass
-        return time.monotonic(), busy, sum(os.times()[:2])
+        return time.monotonic(), busy, sum(os.times()[:4])
 
     def seconds(self):
         """Since the last look."""

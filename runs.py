@@ -57,20 +57,26 @@ def delete_run(folder):
         path.unlink()
 
 
-def delete_seeds(results, checkpoints):
-    """Delete all runs that --seeds made in these folders. Raises UserError if one of them is in use."""
-    for name in {folder.name for root in (results, checkpoints) for folder in root.glob("seed_*")}:
-        with run_folders(results / name, checkpoints / name, overwrite=True):
-            pass
-    (results / "seeds.csv").unlink(missing_ok=True)
+def delete_all_runs(results, checkpoints):
+    """Delete the run in these folders and those that --seeds made below them. Raises UserError if one of them
+    is in use; then nothing is deleted.
+    """
+    names = {"", *(folder.name for root in (results, checkpoints) for folder in root.glob("seed_*"))}
+    with contextlib.ExitStack() as locks:
+        for name in sorted(names):
+            locks.enter_context(run_folders(results / name, checkpoints / name, resume=True))
+        for name in names:
+            delete_run(results / name)
+            delete_run(checkpoints / name)
+        (results / "seeds.csv").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def run_folders(results, checkpoints, overwrite=False, resume=False):
+def run_folders(results, checkpoints, resume=False):
     """Make and lock the two folders of a run while the context is entered. Only the first of many processes
     does it, for all of them.
 
-    overwrite: delete a run that they hold; resume: they may hold one
+    resume: they may hold a run
     Raises UserError if a folder cannot be written, is in use by another process, or holds a run. Then nothing
     that was made here is left behind.
     """
@@ -95,10 +101,8 @@ def run_folders(results, checkpoints, overwrite=False, resume=False):
                 locks.enter_context(lock(folder))
                 locked.append(folder)
             if not resume and (holds_run(results) or holds_run(checkpoints)):
-                if not overwrite:  # the arguments were checked, but another process may have been faster
-                    raise UserError(f"{checkpoints} holds a run already; {HOW_TO_GO_ON}")
-                delete_run(results)
-                delete_run(checkpoints)
+                # the arguments were checked, but another process may have been faster
+                raise UserError(f"{checkpoints} holds a run already; {HOW_TO_GO_ON}")
             yield
     finally:
         if not any(checkpoints.glob("*.pt")):  # the run ended before there was anything to keep

@@ -209,7 +209,9 @@ def run(args, data, checkpoint, signals):
     state = begin_or_resume(args, data, checkpoint)
     args.log_dir = args.log_dir or broadcast(lambda: free_name(args))
     results, checkpoints = Path(args.results_dir, args.log_dir), Path(args.checkpoint_dir, args.log_dir)
-    with runs.run_folders(results, checkpoints, args.overwrite, resume=checkpoint is not None):
+    if args.overwrite and RANK == 0:
+        runs.delete_all_runs(results, checkpoints)
+    with runs.run_folders(results, checkpoints, resume=checkpoint is not None):
         print_start(args, data, state)
         # a run that goes on compares new epochs with its best one
         if state.history and not broadcast(lambda: is_whole(checkpoints / "best.pt")):
@@ -225,7 +227,8 @@ def run(args, data, checkpoint, signals):
                 state.epoch, state.sums = row["epoch"], no_sums(args.device)
                 state.best, state.history = min(state.best, row["val_loss"]), [*state.history, row]
                 log.epoch(state.history, lambda: draw_epoch(state, data, args, results))
-                adapt_threads()
+                if not args.compile:  # compiled code is made for one number of threads
+                    adapt_threads()
                 # In this order: after a kill between the two files, the run goes on from the old last.pt and
                 # writes both again.
                 saver.save(*["best.pt", "last.pt"] if improved else ["last.pt"])
@@ -292,7 +295,12 @@ def begin_or_resume(args, data, checkpoint):
     if checkpoint and checkpoint["processes"] == WORLD:
         torch.set_num_threads(checkpoint["threads"])  # the last bit of a sum depends on their number
     else:
+        if processors.CHOSEN:  # an earlier seed of this process may have gone on with another number
+            torch.set_num_threads(MOST_THREADS)
         adapt_threads()
+    if checkpoint and checkpoint["processes"] != WORLD:
+        warn(f"the run began with {checkpoint['processes']} processes, not {WORLD}, so it will not end with "
+             "the same last bit as without the change")
     torch.backends.cudnn.deterministic = True  # otherwise the same step may end in another last bit
     state = new_state(args, data.about())
     if checkpoint:
@@ -459,7 +467,8 @@ class Saver:
     def __init__(self, args, data, state, folder, signals):
         self.args, self.data, self.state, self.folder, self.signals = args, data, state, folder, signals
         self.steps, self.interval = 0, 1  # since all processes agreed on what to do; until they agree again
-        self.saved = self.agreed = self.stepped = time.monotonic()
+        self.saved = self.agreed = time.monotonic()
+        self.stepped = time.perf_counter()  # monotonic() has steps of 16 ms on Windows
         self.epoch_start = self.saved - state.elapsed
         self.durations, self.first, self.warned = [], None, False  # seconds of steps
 
@@ -473,7 +482,7 @@ class Saver:
         """Say once if the steps of an epoch took several times as long as the run's first ones."""
         if len(self.durations) >= 50:
             self.first = self.first or statistics.median(self.durations[5:50])
-            slower = statistics.mean(self.durations) / self.first
+            slower = statistics.median(self.durations) / max(self.first, 1e-6)
             if slower > 3 and not self.warned:
                 self.warned = True
                 warn(f"steps take {slower:.0f} times as long as the first ones: something else keeps the "
@@ -495,15 +504,15 @@ class Saver:
             raise FloatingPointError
         for name in names if RANK == 0 else ():
             save_checkpoint(self.folder / name, checkpoint)
-        self.saved = self.stepped = time.monotonic()  # no step is to blame for this
+        self.saved, self.stepped = time.monotonic(), time.perf_counter()  # no step is to blame for this
 
     def after_step(self):
         """Save if it is time to, and exit if a signal asks for it. Many processes must agree on both. That
         takes time, so they do it every 16 steps, or about every second if steps are slow.
         """
-        self.durations.append(time.monotonic() - self.stepped)
+        self.durations.append(time.perf_counter() - self.stepped)
         self.save_if_due()
-        self.stepped = time.monotonic()
+        self.stepped = time.perf_counter()
 
     def save_if_due(self):
         self.steps += 1
@@ -516,7 +525,8 @@ class Saver:
             seconds = (time.monotonic() - self.agreed) / self.steps
             received, due, seconds = distributed.all_reduce_max(
                 torch.tensor([received, due, seconds], dtype=torch.float64)).tolist()
-            self.agreed, self.steps, self.interval = time.monotonic(), 0, max(1, min(16, int(1 / seconds)))
+            self.agreed, self.steps = time.monotonic(), 0
+            self.interval = max(1, min(16, int(1 / max(seconds, 1e-3))))
         if due or (received and unfinished):
             self.save("last.pt")
         if received:
@@ -612,17 +622,17 @@ def draw_epoch(state, data, args, folder):
 
 def run_seeds(args, data, signals):
     """A run NAME/seed_N for each seed, then the mean and standard deviation of their test figures. The same
-    command again skips the seeds that are finished and resumes one that is not.
+    command again, with --log_dir NAME, skips the seeds that are finished and resumes one that is not.
     """
     check_data(args, data)
     group = args.log_dir or broadcast(lambda: free_name(args))
     if args.overwrite and RANK == 0:
-        runs.delete_seeds(Path(args.results_dir, group), Path(args.checkpoint_dir, group))
+        runs.delete_all_runs(Path(args.results_dir, group), Path(args.checkpoint_dir, group))
     tests = []
     for seed in args.seeds:
-        one = Namespace(**{**vars(args), "seed": seed, "seeds": None, "log_dir": f"{group}/seed_{seed}"})
-        checkpoint, test = broadcast(lambda: earlier_run(one, data))
-        one.overwrite = True  # files without a checkpoint are of a run that was killed before its first save
+        one = Namespace(**{**vars(args), "seed": seed, "seeds": None, "overwrite": False,
+                           "log_dir": f"{group}/seed_{seed}"})
+        checkpoint, test, one.overwrite = broadcast(lambda: earlier_run(one, data))
         try:
             tests.append(run(one, data, checkpoint, signals) if test is None else test)
         except SystemExit:
@@ -644,25 +654,34 @@ def run_seeds(args, data, signals):
 
 def earlier_run(args, data):
     """→ the checkpoint of this run if it was begun before, or None; its test figures if it is finished, or
-    None
+    None; whether its folder holds only what a run leaves that was killed before its first checkpoint
 
-    Raises UserError if it had other arguments or other data.
+    Raises UserError if it had other arguments or other data, or if its checkpoint is missing.
     """
-    test = Path(args.results_dir, args.log_dir, "test.json")
-    folder = Path(args.checkpoint_dir, args.log_dir)
+    results, folder = Path(args.results_dir, args.log_dir), Path(args.checkpoint_dir, args.log_dir)
     # a run that was killed between its first two files has only best.pt
-    path = next((folder / name for name in ("last.pt", "best.pt") if (folder / name).is_file()), None)
-    if path is None:
-        return None, None
+    paths = [folder / name for name in ("last.pt", "best.pt") if (folder / name).is_file()]
+    if not paths:
+        log = results / "metrics.csv"
+        if (results / "test.json").exists() or log.exists() and len(log.read_text().splitlines()) > 1:
+            raise UserError(f"{results} holds results, but {folder} no checkpoint to go on from; "
+                            "take another --log_dir, or --overwrite to start all seeds anew")
+        return None, None, log.exists()
+    path = next(filter(is_whole, paths), paths[0])
     checkpoint = verify_checkpoint(path)
     differing = runs.differing_arguments([checkpoint["args"], vars(args)])
     if differing:
         name = differing[0]
         raise UserError(f"{path} was trained with --{name} {checkpoint['args'].get(name)}, not "
-                        f"{vars(args)[name]}; take another --log_dir, or --overwrite to start all seeds anew")
+                        f"{vars(args).get(name)}; take another --log_dir, or --overwrite to start all "
+                        "seeds anew")
     check_unchanged(args, data, checkpoint)
-    finished = checkpoint["epoch"] == args.epochs and test.is_file()
-    return checkpoint, json.loads(test.read_text()) if finished else None
+    try:
+        test = json.loads((results / "test.json").read_text())
+        finished = checkpoint["epoch"] == args.epochs and {"epoch", "test_loss", "test_rec"} <= test.keys()
+    except (OSError, ValueError, AttributeError):  # no such file, or not one of ours
+        finished = False
+    return checkpoint, test if finished else None, False
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -738,8 +757,8 @@ def make_parser():
     add("--overwrite", action="store_true", help="replace the run that has this name")
     add("--seed", type=number(int, 0), default=1, metavar="N", help="seed of all random numbers")
     add("--seeds", type=number(int, 0), nargs="+", metavar="N",
-        help="a run for each seed, then mean ± standard deviation; the same command again resumes them "
-             "(default: only --seed)")
+        help="a run for each seed, then mean ± standard deviation; the same command with --log_dir resumes "
+             "them (default: only --seed)")
     add("--device", type=device_type, default=cli.default_device(), help="cpu, cuda or mps")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="precision of the networks in training (on CUDA, fp32 has tf32 products); auto: bf16 if the "
@@ -842,9 +861,6 @@ def resume_args(parser, defaults, given):
     if args.device != began["device"]:
         warn(f"--device {args.device}: the run began on {began['device']}, so it will not end with the same "
              "last bit as without the change")
-    if checkpoint["processes"] != WORLD:
-        warn(f"the run began with {checkpoint['processes']} processes, not {WORLD}, so it will not end with "
-             "the same last bit as without the change")
     args.checkpoint_dir, args.log_dir = place_of(parser, path, args)
     return args, checkpoint
 
@@ -855,7 +871,7 @@ def place_of(parser, path, args):
     """
     folder, name = path.resolve().parent, Path(args.log_dir).parts
     if folder.parts[-len(name):] != name:
-        name = folder.parts[-1:]
+        name = folder.parts[-len(name):] if folder.name.startswith("seed_") else folder.parts[-1:]
         try:
             run_name(folder.name)
         except argparse.ArgumentTypeError as error:

@@ -248,6 +248,46 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
     assert Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns == before
 
 
+def test_a_group_of_seeds_keeps_what_it_cannot_go_on_with(folder, workplace, monkeypatch, capsys):
+    argv = [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1", "--log_dir=run"]
+    seeds = [*argv, "--seeds", "1", "2"]
+    train.main(seeds)
+    test = Path("results/run/seed_1/test.json")
+    before = test.read_text()
+    # results without a checkpoint
+    for other in ("--checkpoint_dir=other", "--checkpoint_dir=other --lr=0.5"):
+        status, error = outcome(train.main, [*seeds, *other.split()], capsys)
+        assert status == 1 and error.count("\n") == 1 and "no checkpoint" in error and "--overwrite" in error
+    assert test.read_text() == before
+    # one that is in use keeps all of them
+    with runs.lock(Path("checkpoints/run/seed_2")):
+        status, error = outcome(train.main, [*seeds, "--overwrite"], capsys)
+    assert status == 1 and "is being trained" in error
+    assert test.read_text() == before and Path("checkpoints/run/seed_1/best.pt").exists()
+    # a damaged last.pt: from best.pt; a test.json that is not ours: the test again
+    Path("checkpoints/run/seed_1/last.pt").write_bytes(b"cut short")
+    for content in ("", "[]", '{"epoch": 1}'):
+        test.write_text(content)
+        train.main(seeds)
+        assert test.read_text() == before
+    # a single run in place of a group, and a group in place of a single run
+    train.main([*argv, "--overwrite"])
+    assert not list(Path("checkpoints/run").glob("seed_*/*.pt"))
+    assert not Path("results/run/seeds.csv").exists()
+    train.main([*seeds, "--overwrite"])
+    assert not Path("checkpoints/run/best.pt").exists() and not Path("results/run/metrics.csv").exists()
+    train.main(seeds)
+    # a renamed group
+    os.rename("checkpoints/run", "checkpoints/other")
+    train.main(["--resume", "checkpoints/other/seed_1/last.pt", "--epochs", "2"])
+    assert Path("results/other/seed_1/test.json").exists() and not Path("results/seed_1").exists()
+
+
+def test_a_clock_with_coarse_ticks_does_no_harm(folder, workplace, monkeypatch):
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 1.0)  # all steps of an epoch take 0 s
+    assert fit(folder, "--batch_size=4", epochs=2)[1]["test_loss"] > 0
+
+
 def test_a_moved_run_goes_on_where_it_is(folder, workplace):
     fit(folder, epochs=1)
     os.rename("checkpoints", "moved")
