@@ -6,6 +6,7 @@ There is no batch normalisation and no dropout: both break exact resume and eval
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -37,57 +38,103 @@ class MLPDecoder(nn.Module):
         return self.net(z).view(-1, *self.shape)
 
 
-def pyramid(shape, num_filters, growth=(1, 4, 8)):
-    """Sizes and widths of the levels of a convolutional network. Each level halves both sides (rounding up),
-    until neither is above 8, at least once. Level i has num_filters · growth[i] channels; later levels have
-    the last growth.
+class StridedConv(nn.Module):
+    """A convolution whose kernel is twice as long as its stride. The image is cut into overlapping patches,
+    and all patches go through one matrix product. On a CPU that is faster than nn.Conv2d of so few channels,
+    and on a busy one by far: the threads of a convolution wait for each other within it.
+    """
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.stride, self.linear = stride, nn.Linear(4 * stride ** 2 * inputs, outputs)
+
+    def forward(self, x):
+        """[B, H, W, inputs] → [B, ⌈H / stride⌉, ⌈W / stride⌉, outputs]"""
+        s, (height, width) = self.stride, x.shape[1:3]
+        x = F.pad(x, (0, 0, s // 2, -width % s + s // 2, s // 2, -height % s + s // 2))
+        x = x.unflatten(2, (-1, s)).unflatten(1, (-1, s)).transpose(2, 3).flatten(3)  # blocks of the stride
+        height, width = x.shape[1] - 1, x.shape[2] - 1
+        patches = [x[:, i:height + i, j:width + j] for i in (0, 1) for j in (0, 1)]  # of 2x2 blocks
+        return self.linear(torch.cat(patches, 3))
+
+
+class StridedConvTranspose(nn.Module):
+    """StridedConv in reverse: a matrix product gives overlapping patches, which are added up."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.stride, self.linear = stride, nn.Linear(inputs, 4 * stride ** 2 * outputs, bias=False)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x, size):
+        """[B, ⌈H / stride⌉, ⌈W / stride⌉, inputs], (H, W) → [B, H, W, outputs]"""
+        s, places = self.stride, [(i, j) for i in (0, 1) for j in (0, 1)]
+        x = sum(F.pad(blocks, (0, 0, j, 1 - j, i, 1 - i))
+                for (i, j), blocks in zip(places, self.linear(x).chunk(4, 3)))
+        x = x.unflatten(3, (s, s, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return x[:, s // 2:s // 2 + size[0], s // 2:s // 2 + size[1]] + self.bias
+
+
+def cnn_levels(shape, num_filters):
+    """The levels of the CNN: a stride of 4, then of 2 until neither side is above 8.
+
+    → [(H, W), (⌈H/4⌉, ⌈W/4⌉), …], [channels of the image, of the first level, …], [4, 2, …]
+    """
+    sizes, widths, strides = [tuple(shape[1:])], [shape[0]], []
+    while not strides or max(sizes[-1]) > 8:
+        strides.append(2 if strides else 4)
+        sizes.append(tuple(-(-side // strides[-1]) for side in sizes[-1]))
+        widths.append(8 * num_filters * min(len(strides), 2))
+    return sizes, widths, strides
+
+
+class CNNEncoder(nn.Module):
+    """A strided convolution for each level, then a linear layer."""
+
+    def __init__(self, shape, outputs, num_filters=8):
+        super().__init__()
+        sizes, widths, strides = cnn_levels(shape, num_filters)
+        self.convs = nn.ModuleList(map(StridedConv, widths, widths[1:], strides))
+        self.out = nn.Linear(widths[-1] * math.prod(sizes[-1]), outputs)
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)  # channels last
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return self.out(x.flatten(1))
+
+
+class CNNDecoder(nn.Module):
+    """Two linear layers, then the encoder's convolutions in reverse. More channels than num_filters (a
+    softmax has one for each level) are made at each pixel of num_filters features, which costs less.
+    """
+
+    def __init__(self, shape, channels, latent_size, num_filters=8):
+        super().__init__()
+        sizes, widths, strides = cnn_levels((min(channels, num_filters), *shape[1:]), num_filters)
+        self.sizes = sizes[::-1]
+        self.hidden = nn.Linear(latent_size, 16 * num_filters)
+        self.stem = nn.Linear(16 * num_filters, math.prod(sizes[-1]) * widths[-1])
+        self.convs = nn.ModuleList(map(StridedConvTranspose, widths[:0:-1], widths[-2::-1], strides[::-1]))
+        self.out = nn.Linear(num_filters, channels) if channels > num_filters else None
+
+    def forward(self, z):
+        x = self.stem(F.relu(self.hidden(z))).view(len(z), *self.sizes[0], -1)
+        for conv, size in zip(self.convs, self.sizes[1:]):
+            x = conv(F.relu(x), size)
+        return (self.out(F.relu(x)) if self.out else x).permute(0, 3, 1, 2)
+
+
+def pyramid(shape, num_filters):
+    """The levels of the residual network. Each halves both sides (rounding up), until neither is above 8, at
+    least once. They have num_filters, 2 num_filters and then always 4 num_filters channels.
 
     → [(H, W), (⌈H/2⌉, ⌈W/2⌉), …], [channels of the first halving, …]
     """
     sizes = [tuple(shape[1:])]
     while len(sizes) == 1 or max(sizes[-1]) > 8:
         sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
-    return sizes, [num_filters * growth[min(level, 2)] for level in range(len(sizes) - 1)]
-
-
-class CNNEncoder(nn.Module):
-    """A 3×3 convolution of stride 2 for each level, then a linear layer."""
-
-    def __init__(self, shape, outputs, num_filters=8):
-        super().__init__()
-        sizes, widths = pyramid(shape, num_filters)
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1)
-                                   for i, o in zip([shape[0], *widths], widths))
-        self.out = nn.Linear(widths[-1] * math.prod(sizes[-1]), outputs)
-
-    def forward(self, x):
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        return self.out(x.permute(0, 2, 3, 1).flatten(1))  # channels last, as in memory: no copy
-
-
-class CNNDecoder(nn.Module):
-    """For each level a 3×3 convolution, then twice the size: nearest neighbours inside the network, and a
-    pixel shuffle (Shi et al. 2016) at its end, whose convolution runs at half the size and so costs a
-    quarter.
-    """
-
-    def __init__(self, shape, channels, latent_size, num_filters=8):
-        super().__init__()
-        sizes, widths = pyramid(shape, num_filters)
-        self.sizes, self.widths = sizes[::-1], widths[::-1]
-        self.stem = nn.Linear(latent_size, self.widths[0] * math.prod(self.sizes[0]))
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1)
-                                   for i, o in zip(self.widths, self.widths[1:]))
-        self.out = nn.Conv2d(self.widths[-1], 4 * channels, 3, padding=1)
-
-    def forward(self, z):
-        x = F.relu(self.stem(z)).view(-1, *self.sizes[0], self.widths[0]).permute(0, 3, 1, 2)
-        for conv, size in zip(self.convs, self.sizes[1:]):
-            x = F.interpolate(F.relu(conv(x)), size)
-        height, width = self.sizes[-1]
-        # a side of odd length comes out one pixel too long
-        return F.pixel_shuffle(self.out(x), 2)[..., :height, :width]
+    return sizes, [num_filters * 2 ** min(level, 2) for level in range(len(sizes) - 1)]
 
 
 class Residual(nn.Module):
@@ -118,7 +165,7 @@ class ResNetEncoder(nn.Module):
 
     def __init__(self, shape, outputs, hidden_dims=(512,), num_filters=8):
         super().__init__()
-        sizes, widths = pyramid(shape, num_filters, growth=(1, 2, 4))
+        sizes, widths = pyramid(shape, num_filters)
         layers = []
         for level, (i, o) in enumerate(zip([shape[0], *widths], widths)):
             layers += [conv3(i, o, stride=2), *(Residual(conv3, o) for _ in range(min(level + 1, 2)))]
@@ -138,7 +185,7 @@ class ResNetDecoder(nn.Module):
 
     def __init__(self, shape, channels, latent_size, hidden_dims=(512,), num_filters=8):
         super().__init__()
-        sizes, widths = pyramid(shape, num_filters, growth=(1, 2, 4))
+        sizes, widths = pyramid(shape, num_filters)
         self.sizes, widths = sizes[::-1], widths[::-1]
         dense = [latent_size, *reversed(hidden_dims)]
         self.hidden = residual_layers(dense)

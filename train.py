@@ -717,8 +717,8 @@ def make_parser():
         help="mlp, resnet: widths of the encoder's hidden layers; the decoder has them in reverse; no "
              "number: no hidden layer (default: 512)")
     add("--num_filters", type=number(int, 1), default=8, metavar="N",
-        help="cnn, resnet: channels of the first level; later levels of the cnn have 4 N and 8 N, of the "
-             "resnet 2 N and 4 N")
+        help="cnn, resnet: their width; the levels of the cnn have 8 N, then 16 N channels, of the resnet N, "
+             "2 N, then 4 N")
     add("--flow", type=number(int, 0), default=0, metavar="N",
         help="pairs of coupling layers (a normalizing flow) that make the posterior of a VAE more flexible")
 
@@ -740,7 +740,7 @@ def make_parser():
     add("--batch_size", type=number(int, 1), default=128, metavar="N", help="images in a step")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon: orthogonalised steps for matrices, those of AdamW for the rest")
-    add("--lr", type=number(float, 0, above=True), default=1e-3, metavar="LR", help="learning rate")
+    add("--lr", type=number(float, 0, above=True), default=2e-3, metavar="LR", help="learning rate")
     add("--lr_schedule", choices=("constant", "cosine"), default="constant",
         help="cosine: up from 0 in the first hundredth of the steps, then down to 0")
     add("--ema", type=number(float, 0), default=0.999, metavar="DECAY",

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model
 import networks
@@ -17,6 +18,27 @@ def test_a_residual_block_adds_to_its_input():
     def silu(a):
         return a / (1 + np.exp(-a))
     assert block(x).detach().numpy() == pytest.approx(x.numpy() + silu(silu(x.numpy()) @ w.T + b) @ v.T + c)
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_strided_convolutions_are_those_of_torch(stride):
+    torch.manual_seed(0)
+    x = torch.randn(2, 21, 9, 3).double()
+    size = [-(-side // stride) for side in (21, 9)]
+    padding = (0, stride * size[1] - 9, 0, stride * size[0] - 21)
+    conv = networks.StridedConv(3, 5, stride).double()
+    back = networks.StridedConvTranspose(5, 3, stride).double()
+    torch.nn.init.normal_(back.bias)
+
+    def kernel(weight, order):  # […, 2, 2, stride, stride, …] → […, …, 2 stride, 2 stride]
+        return weight.permute(order).reshape(*(weight.shape[i] for i in order[:2]), 2 * stride, 2 * stride)
+    weight = kernel(conv.linear.weight.view(5, 2, 2, stride, stride, 3), (0, 5, 1, 3, 2, 4))
+    expected = F.conv2d(F.pad(x.permute(0, 3, 1, 2), padding), weight, conv.linear.bias, stride, stride // 2)
+    torch.testing.assert_close(conv(x).permute(0, 3, 1, 2), expected)
+    z = torch.randn(2, *size, 5).double()
+    weight = kernel(back.linear.weight.view(2, 2, stride, stride, 3, 5), (5, 4, 0, 2, 1, 3))
+    expected = F.conv_transpose2d(z.permute(0, 3, 1, 2), weight, back.bias, stride, stride // 2)[..., :21, :9]
+    torch.testing.assert_close(back(z, (21, 9)).permute(0, 3, 1, 2), expected)
 
 
 def test_without_hidden_layers_an_mlp_is_linear():

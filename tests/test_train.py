@@ -151,8 +151,8 @@ def test_collapse_is_reported(folder, workplace, capsys):
 
 
 def test_free_bits_keep_the_kl_up(folder, workplace):
-    _, low = fit(folder, "--target_beta_val=20", "--levels=2", epochs=4)
-    _, high = fit(folder, "--target_beta_val=20", "--levels=2", "--free_bits=0.5", epochs=4)
+    _, low = fit(folder, "--target_beta_val=20", "--levels=2", "--lr=1e-3", epochs=4)
+    _, high = fit(folder, "--target_beta_val=20", "--levels=2", "--free_bits=0.5", "--lr=1e-3", epochs=4)
     assert high["test_kl"] > low["test_kl"] + 0.5
 
 
@@ -221,7 +221,7 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
     Path("results/cut/seed_6").mkdir()  # as if this one had been killed before its first save
     Path("results/cut/seed_6/metrics.csv").touch()
     before = Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns
-    for other, name in (("--lr=0.5", "--lr 0.001, not 0.5"), ("--epochs=2", "--epochs 1, not 2")):
+    for other, name in (("--lr=0.5", "--lr 0.002, not 0.5"), ("--epochs=2", "--epochs 1, not 2")):
         status, error = outcome(train.main, [*argv("cut"), other], capsys)
         assert status == 1 and error.count("\n") == 1 and name in error
     train.main(argv("cut"))
