@@ -51,6 +51,9 @@ def parse_args(argv=None):
     parser.add_argument("--baseline", action="store_true",
                         help="also the plain way: torchvision's dataset, ToTensor, DataLoader, fp32; and "
                              "three epochs of it against train.py, from the command to its exit")
+    parser.add_argument("--busy", action="store_true",
+                        help="instead, with train.py's own batch size: how many times longer an epoch takes "
+                             "beside another process; the worst of --repeats tries")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args, rest = parser.parse_known_args(argv)
     return args, ["--dataset", "mnist", "--levels", "2", "--latent_size", "20", "--hidden_dims", "400",
@@ -246,6 +249,47 @@ def whole(argv, epochs=3):
     return took
 
 
+def busy(argv, repeats):
+    """How many times longer than alone the slowest epoch takes: of a run and another one that starts in the
+    middle of an epoch of it; of two that start together; beside a process that only computes. The worst of
+    several tries; and the seconds of an epoch alone, their median.
+    """
+    def start(folder, epochs):
+        return subprocess.Popen([sys.executable, HERE / "train.py", *argv, "--epochs", str(epochs),
+                                 "--log_dir", "run", *places(folder)], stdout=subprocess.DEVNULL)
+
+    def epochs(folder):
+        path = Path(folder, "results/run/metrics.csv")
+        rows = path.read_text().splitlines()[1:] if path.exists() else []
+        return [float(row.split(",")[-1]) for row in rows]
+    alone, worst = [], {"later": 0.0, "together": 0.0, "computing": 0.0}
+    for _ in range(repeats):
+        took = {}
+        with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+            runs = [start(first, 3)]
+            while not epochs(first) and runs[0].poll() is None:
+                time.sleep(0.05)
+            time.sleep(sum(epochs(first)) / 2)
+            runs.append(start(second, 2))
+            if any([run.wait() for run in runs]):
+                raise UserError("train.py failed")
+            alone.append(epochs(first)[0])
+            took["later"] = epochs(first)[1:] + epochs(second)
+        with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+            for run in [start(folder, 2) for folder in (first, second)]:
+                run.wait()
+            took["together"] = epochs(first) + epochs(second)
+        with tempfile.TemporaryDirectory() as first:
+            computing = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            start(first, 2).wait()
+            computing.kill()
+            computing.wait()
+            took["computing"] = epochs(first)
+        for name, values in took.items():
+            worst[name] = max(worst[name], max(values) / alone[-1])
+    return {"alone": median(alone), **worst}
+
+
 def places(folder):
     return ["--results_dir", f"{folder}/results", "--checkpoint_dir", f"{folder}/checkpoints"]
 
@@ -265,6 +309,13 @@ def show(rows):
 
 def main(argv=None):
     args, rest = parse_args(argv)
+    if args.busy:
+        for model in args.model:
+            row = busy([*rest, "--model", model], args.repeats)
+            print(f"{model}: an epoch alone {row['alone']:.1f} s; beside a run that starts later "
+                  f"{row['later']:.2f} times as long, together {row['together']:.2f}, beside a process that "
+                  f"computes {row['computing']:.2f}", flush=True)
+        return
     rows = []
     for model in args.model:
         for batch_size in args.batch_size:

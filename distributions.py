@@ -1,11 +1,13 @@
-"""Likelihoods p(x|z) of an image's pixels, and distributions of latents: priors p(z), a flow for the
-posterior.
+"""Likelihoods p(x|z) of an image's pixels, and priors p(z): the standard normal, a trained flow, a fitted
+mixture.
 
 A likelihood says how many numbers the decoder gives for a pixel (the params), and what they mean. To add one,
 write a class with the members of SquaredError and put its name into LIKELIHOODS; no other file changes.
 
 Below, images are integer levels [B, C, H, W], and params are [B, channels(C), H, W] from the decoder.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,38 @@ class SquaredError:
         → uint8 [B, C, H, W]
         """
         return nearest_levels(self.mean(params), self.levels)
+
+
+class Gaussian(nn.Module):
+    """`gaussian`: a Gaussian on [-1, 1] around tanh(params), with one standard deviation for all pixels,
+    learned (Dai & Wipf 2019; Rybkin et al. 2021). It is a density of continuous values, so -log p(x|z) may
+    be negative.
+    """
+
+    is_discrete = False
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = levels
+        self.log_scale = nn.Parameter(torch.tensor(-1.0))
+
+    def channels(self, image_channels):
+        return image_channels
+
+    def loss(self, params, images):
+        # between half a level and 20, so that exp neither overflows nor vanishes
+        log_scale = self.log_scale.clamp(-math.log(2 * self.levels), 3)
+        squares = (params.tanh() - normalize(images, self.levels, params.dtype)) ** 2
+        return (0.5 * torch.exp(-2 * log_scale) * squares + log_scale
+                + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+    def mean(self, params):
+        return (params.tanh() + 1) / 2
+
+    def draw(self, params, generator=None):
+        noise = torch.randn(params.shape, generator=generator).to(params.device)
+        x = params.tanh() + self.log_scale.exp() * noise
+        return nearest_levels((x + 1) / 2, self.levels)
 
 
 class Bernoulli:
@@ -157,22 +191,22 @@ def nearest_levels(images, levels):
     return (images * (levels - 1)).round().clamp(0, levels - 1).byte()
 
 
-LIKELIHOODS = {"mse": SquaredError, "bce": Bernoulli, "categorical": Categorical,
+LIKELIHOODS = {"mse": SquaredError, "gaussian": Gaussian, "bce": Bernoulli, "categorical": Categorical,
                "logistic": DiscretizedLogistic}
 DEFAULT_LIKELIHOOD = {2: "bce", 16: "categorical", 256: "mse"}  # by the number of levels
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Distributions of latents z: each is a map of N(0, I) noise, and what follows from that map
+# Distributions of latents z. Each is a map of N(0, I) noise [n, noise_size], and what follows from that map.
 
 class StandardNormal(nn.Module):
     """N(0, I), the prior of a VAE (Kingma & Welling 2014)."""
 
-    description = "the prior"
+    description = "the prior N(0, I)"
 
-    def __init__(self, latent_size):
+    def __init__(self, latent_size, layers=0, num_classes=0):
         super().__init__()
-        self.latent_size = latent_size
+        self.noise_size = latent_size
 
     def transform(self, noise, labels=None):
         """N(0, I) → z, [n, D] → [n, D]"""
@@ -183,110 +217,249 @@ class StandardNormal(nn.Module):
         return z
 
     def log_prob(self, z, labels=None):
-        """log p(z), nats, [..., D] → [...]"""
+        """log p(z), nats, [n, D] → [n]"""
         return log_normal(z)
 
-    def kl(self, mean, log_std, z=None, labels=None):
-        """KL(q ‖ p) of q = N(mean, exp(log_std)²), in nats, [B, D] → [B]; the closed form needs no z"""
+    def kl(self, mean, log_std, z, labels=None):
+        """KL(q ‖ p) of q = N(mean, exp(log_std)²), in nats, [B, D] → [B]; z, a draw from q, is not needed
+        """
         return KLD(mean, log_std)
 
     def kl_by_dimension(self, mean, log_std):
-        """The KL of each latent dimension, in nats, [B, D] → [B, D]"""
+        """The KL of each latent dimension in closed form, in nats, [B, D] → [B, D]; None if there is none"""
         return KLD(mean[..., None], log_std[..., None])
-
-    def mean_and_std(self):
-        """→ the mean [D] and standard deviation [D] of each latent dimension, on the CPU"""
-        return torch.zeros(self.latent_size), torch.ones(self.latent_size)
-
-
-class Gaussian(nn.Module):
-    """A Gaussian with a full covariance, fitted to latents, so that images can be sampled from an AE."""
-
-    description = "a Gaussian fitted to the training images' latents (an AE has no prior)"
-
-    def __init__(self, latent_size):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(latent_size))
-        self.register_buffer("scale", torch.eye(latent_size))  # the Cholesky factor of the covariance
-
-    def fit(self, mean, covariance):
-        """Fit to the mean [D] and the covariance [D, D] of latents."""
-        # Without a ridge, cholesky fails at a constant dimension. Rounding errors grow with the mean.
-        ridge = 1e-6 * covariance.diagonal().mean() + 1e-12 + 1e-14 * mean.square().sum()
-        self.mean.copy_(mean)
-        self.scale.copy_(torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean)).to(mean)))
-
-    def transform(self, noise, labels=None):
-        return self.mean + noise @ self.scale.T
-
-    def mean_and_std(self):
-        return self.mean.cpu(), self.scale.norm(dim=1).cpu()
 
 
 class Coupling(nn.Module):
-    """A layer of a normalizing flow (Dinh et al. 2017). A network of one half of z and of the context
-    scales and shifts the other half. The changed half comes first in the result, so the next layer changes
-    the other one. The last weights begin at 0: a new layer only swaps the halves.
+    """A layer of a flow (Dinh et al. 2017). A network of one half of z, and of the class, scales and shifts
+    the other half. The changed half comes first in the result, so the next layer changes the other one. The
+    last weights begin at 0: a new layer only swaps the halves.
     """
 
-    def __init__(self, latent_size, width=256):
+    def __init__(self, latent_size, num_classes, width=256):
         super().__init__()
-        self.half = latent_size // 2
-        changed = latent_size - self.half
-        self.net = nn.Sequential(nn.Linear(self.half + latent_size, width), nn.SiLU(),
-                                 nn.Linear(width, 2 * changed))
+        self.kept = latent_size // 2
+        self.changed = latent_size - self.kept
+        self.net = nn.Sequential(nn.Linear(self.kept + num_classes, width), nn.SiLU(),
+                                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * self.changed))
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
-    def forward(self, z, context):
-        """z, context [..., D] → z [..., D], the log determinant of the Jacobian [...]"""
-        kept, changed = z[..., :self.half], z[..., self.half:]
-        shift, log_scale = self.shift_and_log_scale(self.net.parameters(), kept, context)
-        return torch.cat([changed * log_scale.exp() + shift, kept], -1), log_scale.sum(-1)
+    def shift_and_log_scale(self, kept, classes):
+        """→ two [n, D/2]; scales within exp(±1) keep training stable"""
+        shift, log_scale = self.net(torch.cat([kept, classes], 1)).to(kept.dtype).chunk(2, 1)
+        return shift, log_scale.tanh()
 
-    def inverse(self, z, context):
-        """Undo forward → z [..., D], the same log determinant [...]. The weights get no gradient."""
-        changed, kept = z.tensor_split([z.shape[-1] - self.half], -1)
-        weights = (weight.detach() for weight in self.net.parameters())
-        shift, log_scale = self.shift_and_log_scale(weights, kept, context)
-        return torch.cat([kept, (changed - shift) * (-log_scale).exp()], -1), log_scale.sum(-1)
+    def forward(self, z, classes):
+        """z [n, D], one-hot classes [n, C] → z [n, D]"""
+        kept, changed = z.split([self.kept, self.changed], 1)
+        shift, log_scale = self.shift_and_log_scale(kept, classes)
+        return torch.cat([changed * log_scale.exp() + shift, kept], 1)
 
-    def shift_and_log_scale(self, weights, kept, context):
-        """self.net with these weights, of one half [..., D/2] and the context [..., D] → two [..., D/2]"""
-        weight, bias, last_weight, last_bias = weights
-        hidden = F.silu(F.linear(torch.cat([kept, context], -1), weight, bias))
-        shift, log_scale = F.linear(hidden, last_weight, last_bias).to(kept.dtype).chunk(2, -1)
-        return shift, log_scale.tanh()  # scales within exp(±1) keep training stable
+    def inverse(self, z, classes):
+        """Undo forward → z [n, D], the log determinant of the Jacobian of the inverse [n]"""
+        changed, kept = z.split([self.changed, self.kept], 1)
+        shift, log_scale = self.shift_and_log_scale(kept, classes)
+        return torch.cat([kept, (changed - shift) * (-log_scale).exp()], 1), -log_scale.sum(1)
 
 
-class PosteriorFlow(nn.ModuleList):
-    """Pairs of coupling layers that turn a draw from a Gaussian into one from a more flexible posterior
-    (Rezende & Mohamed 2015). The encoder gives a context [..., D] for each image. Without a pair, z stays z.
+class Flow(nn.Module):
+    """A prior that is trained with the model: coupling layers turn N(0, I) into p(z) (Dinh et al. 2017; as a
+    prior of a VAE, Chen et al. 2017). After every second layer the even dimensions and the odd ones become
+    the two halves. With one latent dimension it is a Gaussian with a learned mean and scale.
+
+    num_classes: of a conditional model, whose prior is another one for each class; 0 for any other
     """
 
-    def __init__(self, latent_size, pairs):
-        super().__init__(Coupling(latent_size) for _ in range(2 * pairs))
+    description = "the trained flow prior"
 
-    def transform(self, z, context=None):
-        """z of the Gaussian [..., D] → z of the posterior [..., D], the log determinant of the Jacobian [...]
-        """
-        log_det = torch.zeros_like(z[..., 0])
-        for layer, coupling in enumerate(self):
-            z, change = coupling(z, context.expand_as(z))
-            log_det = log_det + change
-            if layer % 2:  # both halves have changed; even and odd ones are the next halves
-                z = torch.cat([z[..., 1::2], z[..., ::2]], -1)
-        return z, log_det
+    def __init__(self, latent_size, layers, num_classes=0):
+        super().__init__()
+        self.noise_size, self.num_classes = latent_size, max(1, num_classes)
+        self.couplings = nn.ModuleList(Coupling(latent_size, self.num_classes) for _ in range(layers))
+        order = torch.cat([torch.arange(1, latent_size, 2), torch.arange(0, latent_size, 2)])
+        self.register_buffer("order", order, persistent=False)
 
-    def inverse(self, z, context):
-        """Undo transform → z of the Gaussian [..., D], the same log determinant [...]. The weights get no
-        gradient.
-        """
-        log_det = torch.zeros_like(z[..., 0])
-        for layer, coupling in reversed(list(enumerate(self))):
+    def classes(self, labels, z):
+        """One-hot numbers [n, C] of labels [n]; without labels all are of one class."""
+        labels = labels if self.num_classes > 1 else torch.zeros(len(z), dtype=torch.long, device=z.device)
+        return F.one_hot(labels, self.num_classes).to(z.dtype)
+
+    def transform(self, noise, labels=None):
+        z, classes = noise, self.classes(labels, noise)
+        for layer, coupling in enumerate(self.couplings):
+            z = coupling(z, classes)
             if layer % 2:
-                shuffled, z = z, torch.empty_like(z)
-                z[..., 1::2], z[..., ::2] = shuffled.tensor_split([z.shape[-1] // 2], -1)
-            z, change = coupling.inverse(z, context.expand_as(z))
+                z = z[:, self.order]
+        return z
+
+    def inverse(self, z, labels=None):
+        return self.inverse_and_log_det(z, labels)[0]
+
+    def inverse_and_log_det(self, z, labels):
+        """z [n, D] → noise [n, D], the log determinant of the Jacobian [n]"""
+        log_det, classes, undone = torch.zeros_like(z[:, 0]), self.classes(labels, z), self.order.argsort()
+        for layer, coupling in reversed(list(enumerate(self.couplings))):
+            if layer % 2:
+                z = z[:, undone]
+            z, change = coupling.inverse(z, classes)
             log_det = log_det + change
         return z, log_det
+
+    def log_prob(self, z, labels=None):
+        noise, log_det = self.inverse_and_log_det(z, labels)
+        return log_normal(noise) + log_det
+
+    def kl(self, mean, log_std, z, labels=None):
+        """log q(z|x) - log p(z) at z, an unbiased estimate of the KL, in nats, [B, D] → [B]; may be negative.
+
+        The gradient of log q flows only through z. The rest of it is 0 in expectation, so it would only add
+        noise (Roeder et al. 2017).
+        """
+        mean, log_std = mean.detach(), log_std.detach()
+        log_q = log_normal((z - mean) * (-log_std).exp()) - log_std.sum(1)
+        return log_q - self.log_prob(z, labels)
+
+    def kl_by_dimension(self, mean, log_std):
+        return None
+
+
+PRIORS = {"normal": StandardNormal, "flow": Flow}
+
+
+class Mixture(nn.Module):
+    """A mixture of K Gaussians with full covariances, fitted to latents; a mixture for each of C classes.
+
+    weights: [C, K]; means: [C, K, D]; scales: [C, K, D, D], the Cholesky factors of the covariances
+    It has no inverse. The last number of its noise chooses the component, so noise_size is D + 1.
+    """
+
+    def __init__(self, weights, means, scales):
+        super().__init__()
+        for name, value in (("weights", weights), ("means", means), ("scales", scales)):
+            self.register_buffer(name, value, persistent=False)  # a checkpoint keeps them apart from weights
+        self.noise_size = means.shape[-1] + 1
+
+    @classmethod
+    def standard(cls, latent_size):
+        """N(0, I)"""
+        return cls(torch.ones(1, 1), torch.zeros(1, 1, latent_size), torch.eye(latent_size)[None, None])
+
+    @classmethod
+    def gaussian(cls, mean, covariance):
+        """One Gaussian with a mean [D] and a covariance [D, D]"""
+        scale = cholesky(covariance, mean)
+        return cls(torch.ones(1, 1), mean.float()[None, None], scale.float()[None, None])
+
+    @property
+    def description(self):
+        return "a Gaussian fitted to training latents" if self.weights.shape[1] == 1 else \
+            f"a mixture of {self.weights.shape[1]} Gaussians fitted to training latents"
+
+    def transform(self, noise, labels=None):
+        """N(0, I) → z, [n, D + 1] → [n, D]"""
+        labels = noise.new_zeros(len(noise), dtype=torch.long) if len(self.weights) == 1 else labels
+        edges = self.weights.cumsum(1)[:, :-1]
+        u = torch.special.ndtr(noise[:, -1:])
+        component = (u > edges[labels]).sum(1)
+        z = torch.empty_like(noise[:, :-1])
+        for label, k in set(zip(labels.tolist(), component.tolist())):
+            here = (labels == label) & (component == k)
+            z[here] = self.means[label, k] + noise[here, :-1] @ self.scales[label, k].T
+        return z
+
+    def mean_and_std(self):
+        """→ the mean [D] and the standard deviation [D] of each latent dimension, over all classes alike"""
+        weights = (self.weights / len(self.weights))[..., None]
+        mean = (weights * self.means).sum((0, 1))
+        variance = (weights * (self.scales.square().sum(-1) + (self.means - mean).square())).sum((0, 1))
+        return mean, variance.sqrt()
+
+
+def cholesky(covariance, mean):
+    """The Cholesky factor of a covariance [D, D], with a ridge, without which it fails at a constant
+    dimension. Rounding errors grow with the mean [D].
+    """
+    ridge = 1e-6 * covariance.diagonal().mean() + 1e-12 + 1e-14 * mean.square().sum()
+    return torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean)).to(covariance))
+
+
+def fit_mixture(latents, labels=None, num_classes=1, components=50):
+    """Fit a mixture of up to so many Gaussians to the latents of each class, by expectation-maximisation.
+
+    latents: [N, D], on the CPU; labels: [N], of a conditional model; computed in float64
+    At most n / (10 D) components for the n latents of a class, and at least one; one above 128 dimensions. If
+    a class has fewer than 10 D latents, all classes get one Gaussian with a common covariance.
+    → a Mixture in float32, on the CPU. Raises FloatingPointError if a latent is not finite.
+    """
+    (n, size), z = latents.shape, latents.double()
+    if not z.isfinite().all():
+        raise FloatingPointError
+    labels = torch.zeros(n, dtype=torch.long) if labels is None else labels
+    classes = [z[labels == label] for label in range(num_classes)]
+    few = min(map(len, classes)) < 10 * size
+    most = 1 if few or size > 128 else min(components, max(map(len, classes)) // (10 * size))
+    mixture = Mixture(torch.zeros(num_classes, most), torch.zeros(num_classes, most, size),
+                      torch.eye(size).repeat(num_classes, most, 1, 1))
+    # a class without an image gets the mean of all
+    centres = [latents.mean(0) if len(latents) else z.mean(0) for latents in classes]
+    centred = [latents - centre for latents, centre in zip(classes, centres)]
+    common = cholesky(sum(latents.T @ latents for latents in centred) / n, z.mean(0))
+    for label, (centre, latents) in enumerate(zip(centres, centred)):
+        k = min(most, max(1, len(latents) // (10 * size)))
+        scale = common if few else cholesky(latents.T @ latents / len(latents), centre)
+        weights, means, scales = torch.ones(1), torch.zeros(1, size), torch.eye(size, dtype=z.dtype)[None]
+        if k > 1:  # in coordinates in which the covariance of all latents of the class is the identity
+            whitened = torch.linalg.solve_triangular(scale.T, latents, upper=True, left=False)
+            weights, means, scales = expectation_maximisation(whitened, k)
+        mixture.weights[label, :k] = weights
+        mixture.means[label, :k] = centre + means.to(scale) @ scale.T
+        mixture.scales[label, :k] = scale @ scales
+    return mixture
+
+
+def expectation_maximisation(z, components, steps=40):
+    """Fit a mixture of K Gaussians to whitened z [N, D], float64 (Dempster et al. 1977), from the clusters of
+    k-means. Deterministic.
+
+    → weights [K], means [K, D], Cholesky factors of the covariances [K, D, D]
+
+    A Gaussian's log density is linear in the numbers 1, zᵢ and zᵢ zⱼ, and so are the sums of a step: both
+    halves of a step are matrix products with these numbers.
+    """
+    n, size = z.shape
+    rows, columns = torch.tril_indices(size, size)
+    twice = torch.where(rows == columns, 1.0, 2.0).double()  # zᵢ zⱼ stands for zⱼ zᵢ too
+    means = z[torch.randperm(n, generator=torch.Generator().manual_seed(0))[:components]]
+    for _ in range(10):  # k-means; a centre without a latent stays where it is
+        nearest = torch.cdist(z, means).argmin(1)
+        counts = nearest.bincount(minlength=components)[:, None]
+        means = torch.where(counts > 0, torch.zeros_like(means).index_add_(0, nearest, z) / counts, means)
+    parameters, before = None, -torch.inf
+    for _ in range(steps):
+        sums, log_likelihood = 0, 0
+        for first in range(0, n, 2048):
+            part = z[first:first + 2048]
+            numbers = torch.cat([part[:, rows] * part[:, columns], part, torch.ones_like(part[:, :1])], 1)
+            if parameters is None:
+                share = F.one_hot(nearest[first:first + 2048], components).double()
+            else:
+                log_joint = numbers @ parameters                                             # [n, K]
+                total = log_joint.logsumexp(1, keepdim=True)
+                share, log_likelihood = (log_joint - total).exp(), log_likelihood + total.sum().item() / n
+            sums = sums + share.T @ numbers
+        if parameters is not None and log_likelihood - before < 1e-3:
+            break
+        before = log_likelihood if parameters is not None else before
+        counts = sums[:, -1:].clamp_min(1e-9)
+        weights, means = counts[:, 0] / n, sums[:, -1 - size:-1] / counts
+        covariances = z.new_zeros(components, size, size)
+        covariances[:, rows, columns] = covariances[:, columns, rows] = sums[:, :-1 - size] / counts
+        covariances -= means[:, :, None] * means[:, None]
+        scales = torch.stack([cholesky(covariance, mean) for covariance, mean in zip(covariances, means)])
+        precisions = torch.cholesky_inverse(scales)
+        linear = (precisions @ means[..., None])[..., 0]
+        constant = weights.log() - 0.5 * (linear * means).sum(1) \
+            - scales.diagonal(dim1=1, dim2=2).log().sum(1)
+        parameters = torch.cat([-0.5 * twice * precisions[:, rows, columns], linear, constant[:, None]], 1).T
+    return weights, means, scales

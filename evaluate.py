@@ -1,16 +1,26 @@
 """The measured figures of a model, as infer.py --evaluate writes them."""
 
+import contextlib
+import io
 import math
 import statistics
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-from model import VAE
+from data import warp
+from model import VAE, ConditionalVAE
+from runs import atomic_write
 from utils import active_units, elbo_to_bpd, mean_and_covariance, normal, stream
 
 FIGURES = ("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples", "active_units",
            "squared_error", "psnr", "pca_squared_error", "images")
+
+COUNTS = ("iw_samples", "images", "samples_judged", "train_images_judged")
+WIDTH = 29  # of names in print_figures
 
 
 def evaluate(model, data, args):
@@ -95,7 +105,189 @@ def print_figures(measured):
         values = [figures[name] for figures in measured if figures[name] is not None]
         if not values:
             continue
-        if len(values) > 1 and name not in ("iw_samples", "images"):
-            print(f"{name:18s} {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}")
+        if len(values) > 1 and isinstance(values[0], float | int) and name not in COUNTS:
+            print(f"{name:{WIDTH}s} {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}")
         else:
-            print(f"{name:18s}", f"{values[0]:,}" if isinstance(values[0], int) else f"{values[0]:.4f}")
+            value = values[0]
+            print(f"{name:{WIDTH}s}", f"{value:.4f}" if isinstance(value, float) else
+                  f"{value:,}" if isinstance(value, int) else value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sample quality, in the features of a classifier of the same dataset, the judge
+
+QUALITY = ("frechet_distance", "precision", "recall", "density", "coverage", "class_accuracy")
+NEIGHBOURS, MOST_COMPARED = 5, 5000  # of precision, recall, density and coverage
+FEWEST, WORST_JUDGE = 2000, 0.9  # test images, accuracy: below these the figures would mislead
+
+
+def evaluate_samples(model, data, grey, args, folder):
+    """The figures of samples in evaluation.json. All are None, and a line says why, if they would mislead.
+
+    grey: a function that returns the same dataset with 256 levels and all training images
+    folder: of caches, see cached_judge
+
+    prior: what samples are drawn from, in words
+    frechet_distance and others: see sample_quality; of a model with two priors also for the trained one, as
+        frechet_distance_model_prior and so on
+    frechet_floor: the distance of training images that the judge has not seen from the test images, with
+        pixels of as many levels
+    judge_accuracy: on the test images; samples_judged, train_images_judged: how many images were compared
+    """
+    both = model.fitted is not None and model.prior is not None
+    names = [*QUALITY, *(f"{name}_model_prior" for name in QUALITY)] if both else QUALITY
+    figures = dict.fromkeys(["prior", *names, "frechet_floor", "judge_accuracy", "samples_judged",
+                             "train_images_judged"])
+    n = min(len(data.test), args.limit or 10_000, 10_000)
+    if not data.classes or n < FEWEST:
+        print("no figures of samples: " + (f"{n:,} test images are too few, {FEWEST:,} are the least"
+                                           if data.classes else "the judge of samples needs classes"))
+        return figures
+    grey = grey()
+    judge, half = cached_judge(grey, len(data.classes), folder), len(grey.train) // 2
+    other = slice(half, half + n)
+    unseen = replace(grey.train, rows=grey.train.rows[other], labels=grey.train.labels[other],
+                     levels=data.levels, stochastic=data.train.stochastic)
+
+    def batches(split, order, *key):
+        for block, index in enumerate(order.split(1000)):
+            yield split.batch(index, *key, block)[0] / (data.levels - 1)
+    order = torch.randperm(len(data.test), generator=stream("quality"))[:n]
+    real, seen = judged(judge, batches(data.test, order))
+    accuracy = (seen == data.test.labels.cpu()[order]).double().mean().item()
+    if accuracy < WORST_JUDGE:
+        print(f"no figures of samples: the judge is right on {accuracy:.0%} of the test images only")
+        return figures | {"judge_accuracy": accuracy}
+    floor, _ = judged(judge, batches(unseen, torch.arange(len(unseen)), args.seed, "floor"))
+    figures |= {"prior": model.sampling_prior(model.fitted is not None).description,
+                "judge_accuracy": accuracy, "frechet_floor": frechet_distance(floor, real),
+                "samples_judged": n, "train_images_judged": len(floor)}
+    for fitted, suffix in ((False, "_model_prior"), (True, "")) if both else ((model.prior is None, ""),):
+        quality = sample_quality(model, data, judge, args, fitted, order, real)
+        figures |= {name + suffix: value for name, value in quality.items()}
+    return figures
+
+
+class Judge(nn.Module):
+    """A small classifier of images of at most 32×32 pixels: [0, 1] → 128 features → the class."""
+
+    def __init__(self, shape, num_classes):
+        super().__init__()
+        self.size = height, width = tuple(min(side, 32) for side in shape[1:])
+        self.features = nn.Sequential(
+            nn.Conv2d(shape[0], 32, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(64 * (height // 4) * (width // 4), 128), nn.ReLU())
+        self.out = nn.Linear(128, num_classes)
+
+    def forward(self, images):
+        """[B, C, H, W] in [0, 1] → features [B, 128], logits of the classes [B, K]"""
+        if images.shape[2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        features = self.features(2 * images - 1)
+        return features, self.out(features)
+
+
+def train_judge(data, num_classes, epochs=6, batch_size=128):
+    """A judge of a dataset of 256 levels, trained on the first half of its training images (their order is
+    random). A third of the images is shown as stored, a third with a threshold, a third drawn at random, so
+    that grey and binary images are familiar to it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        judge = Judge(data.shape, num_classes).to(data.test.labels.device)
+    half, device = len(data.train) // 2, data.test.labels.device
+    steps = epochs * math.ceil(half / batch_size)
+    optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    with torch.enable_grad(), tqdm(total=steps, desc="training a judge of samples", disable=None) as bar:
+        for _ in range(epochs):
+            for index in torch.randperm(half, generator=generator).split(batch_size):
+                images, labels = data.train.batch(index)
+                images = warp(images, generator, len(index)) / 255
+                kind = torch.randint(3, (len(index), 1, 1, 1), generator=generator).to(device)
+                drawn = torch.rand(images.shape, generator=generator).to(device) < images
+                images = torch.where(kind == 0, images, torch.where(kind == 1, images > 0.5, drawn).float())
+                loss = F.cross_entropy(judge(images)[1], labels, label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+    return judge.eval()
+
+
+def cached_judge(data, num_classes, folder):
+    """The judge of a dataset, from the folder of caches, or trained and put there."""
+    path = folder / f"judge_{data.crc32:08x}_{'x'.join(map(str, data.shape))}.pt"
+    judge = Judge(data.shape, num_classes)
+    try:
+        judge.load_state_dict(torch.load(path, weights_only=True))
+    except Exception:  # not there, or damaged in whatever way
+        judge = train_judge(data, num_classes)
+        with contextlib.suppress(OSError):  # a folder that cannot be written costs time, nothing else
+            folder.mkdir(parents=True, exist_ok=True)
+            buffer = io.BytesIO()
+            torch.save(judge.cpu().state_dict(), buffer)
+            atomic_write(path, buffer.getvalue())
+    return judge.to(data.test.labels.device).eval()
+
+
+def judged(judge, images):
+    """Images [N, C, H, W] in [0, 1], in batches → features [N, 128] and the classes seen [N], on the CPU"""
+    parts = [(features.cpu(), logits.argmax(1).cpu()) for features, logits in map(judge, images)]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def sample_quality(model, data, judge, args, fitted, order, real):
+    """How near samples are to the test images at `order`, whose features are `real`. There are as many
+    samples, with the same classes if the model is conditional: drawn pixels if the likelihood is one of
+    discrete pixels, mean images otherwise.
+
+    frechet_distance: between Gaussians with the same moments (Heusel et al. 2017)
+    precision, recall, density, coverage: see `manifold_figures`
+    class_accuracy: of a conditional model, the share of mean images in which the judge sees the right class
+    """
+    generator, drawn, right = stream(args.seed, "quality", fitted), [], []
+    conditional = isinstance(model, ConditionalVAE)
+    for index in order.split(model.max_batch):
+        labels = data.test.batch(index)[1] if conditional else None
+        levels, mean = model.sample(len(index), labels, generator=generator, fitted=fitted)
+        shown = levels / (data.levels - 1) if model.likelihood.is_discrete else mean
+        drawn.append(judge(shown)[0].cpu())
+        if conditional:
+            right.append((judge(mean)[1].argmax(1) == labels).double().cpu())
+    drawn = torch.cat(drawn)
+    return {"frechet_distance": frechet_distance(real, drawn),
+            **manifold_figures(real[:MOST_COMPARED], drawn[:MOST_COMPARED]),
+            "class_accuracy": torch.cat(right).mean().item() if right else None}
+
+
+def frechet_distance(a, b):
+    """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½) of the Gaussians with the moments of a [N, D] and b [M, D]
+    (Dowson & Landau 1982)
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = (mean_and_covariance([x], x.shape[1]) for x in (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()  # the trace of (Σ₁ Σ₂)^½
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def manifold_figures(real, drawn, k=NEIGHBOURS):
+    """real [N, D], drawn [M, D] → figures from balls around each of one kind, which reach to the k-th nearest
+    of the same kind (Kynkäänniemi et al. 2019; Naeem et al. 2020)
+
+    precision: the share of the drawn that lie in a ball of a real one; recall: the other way round
+    density: how many balls of real ones a drawn one lies in, on average, divided by k; it may be above 1
+    coverage: the share of balls of real ones in which a drawn one lies
+    """
+    distances = torch.cdist(real, drawn)
+    # the nearest of all is the point itself
+    radius, other = (torch.cdist(x, x).kthvalue(k + 1, 1).values for x in (real, drawn))
+    inside = distances < radius[:, None]
+    return {"precision": inside.any(0).double().mean().item(),
+            "recall": (distances < other).any(1).double().mean().item(),
+            "density": inside.double().sum(0).mean().item() / k,
+            "coverage": inside.any(1).double().mean().item()}

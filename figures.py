@@ -260,13 +260,13 @@ class Explorer:
     """A window with one decoded image, sliders for its latent, a map of latents, and a choice of the class.
 
     decode: z [1, D], class (None without `classes`) → an image [C, H, W] in [0, 1]
-    draw: () → z [D] from the prior; start: the first z [D] and class
-    sliders: dimensions, most active first; centre, spread: [D]; a slider goes from -3 to 3 spreads
+    draw: class → a random z [D]; start: the first z [D] and class
+    sliders: dimensions, most active first; a slider goes from -3 to 3
     points, labels, names: of the map, see `scatter`; origin [D], directions [2, D]: the plane of the map
     """
 
-    def __init__(self, title, decode, draw, start, sliders, centre, spread, points, labels, names, origin,
-                 directions, classes):
+    def __init__(self, title, decode, draw, start, sliders, points, labels, names, origin, directions,
+                 classes):
         from matplotlib import pyplot, rcParams, widgets
         rcParams["text.parse_math"] = False
         self.figure = pyplot.figure(title, figsize=(12, 6.4))
@@ -293,9 +293,8 @@ class Explorer:
         room = 0.43 if classes else 0.8
         self.sliders = []
         for i, dimension in enumerate(sliders):
-            low, high = (float(centre[dimension] + side * spread[dimension]) for side in (-3, 3))
             axis = self.figure.add_axes([0.85, 0.9 - room * (i + 1) / max(6, len(sliders)), 0.1, 0.03])
-            self.sliders.append(widgets.Slider(axis, f"z{dimension + 1}", low, high, valfmt="%.1f",
+            self.sliders.append(widgets.Slider(axis, f"z{dimension + 1}", -3, 3, valfmt="%.1f",
                                                valinit=float(self.z[dimension])))
             self.sliders[-1].on_changed(lambda value, dimension=dimension: self.slide(dimension, value))
             self.sliders[-1].drawon = False  # `show` draws, once for all
@@ -335,7 +334,7 @@ class Explorer:
         self.show()
 
     def random(self, event=None):
-        self.z = self.draw()
+        self.z = self.draw(self.label)
         self.show()
 
     def reset(self, event=None):

@@ -4,6 +4,8 @@ From Python: `model, checkpoint = restore("checkpoints/NAME/best.pt")`.
 """
 
 import processors  # isort: skip (before torch)
+import contextlib
+import json
 import math
 import re
 import sys
@@ -19,9 +21,10 @@ import figures
 from cli import ArgumentParser, UserError, default_device, device_type, number, one_line, run_script
 from data import Data, load
 from datasets import DATASETS
-from evaluate import evaluate, print_figures
+from distributions import Mixture
+from evaluate import evaluate, evaluate_samples, print_figures
 from figures import save_grid, save_picture
-from model import AE, VAE, build
+from model import AE, build
 from runs import differing_arguments, find_checkpoint, load_checkpoint, write_json
 from utils import active_dimensions, image_grid, interleave, mean_and_covariance, stream, visualize_manifold
 
@@ -36,6 +39,8 @@ def restore(path, device="cpu"):
     try:
         model = build(checkpoint["args"], checkpoint["data"])
         model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
+        if checkpoint["fitted"]:
+            model.fitted = Mixture(**checkpoint["fitted"])
         for name in ("results_dir", "dataset", "data_dir", "image_size", "levels", "binarize", "transform",
                      "limit"):
             checkpoint["args"][name]  # raises KeyError if it is missing
@@ -61,7 +66,13 @@ class Subject:
     def __post_init__(self):
         self.trained, self.about = self.checkpoint["args"], self.checkpoint["data"]  # its arguments, its data
         self.conditional, self.scale = self.trained["conditional"], self.about["levels"] - 1
-        self.prior_name = self.model.sampling_prior.description
+        if self.args.prior == "model" and self.model.prior is None:
+            raise UserError(f"--prior model: {self.path} is an autoencoder, which has none")
+        if self.args.prior == "fitted" and self.model.fitted is None:
+            raise UserError(f"--prior fitted: {self.path} has no mixture fitted to its latents"
+                            + " (a trained prior needs none)" * (self.trained["prior"] == "flow"))
+        self.fitted = self.model.fitted is not None and self.args.prior != "model"
+        self.prior_name = self.model.sampling_prior(self.fitted).description
         if self.args.temperature != 1:
             self.prior_name += f", temperature {self.args.temperature:g}"
 
@@ -69,6 +80,12 @@ class Subject:
         """Write a picture with draw(path, caption, *content)."""
         draw(self.folder / name, f"{self.trained['log_dir']}: {caption}", *content)
         print(self.folder / name)
+
+    @property
+    def base_name(self):
+        """What the base space of the prior is (see AE.to_base)."""
+        return {None: "after scaling the latents to variance 1", "normal": "in the latent space",
+                "flow": "in the flow's base space"}[self.trained["prior"] if self.model.prior else None]
 
     @cached_property
     def classes(self):
@@ -100,51 +117,54 @@ class Subject:
         if self.conditional:
             return self.classes[torch.arange(n, device=self.args.device) * len(self.classes) // n]
 
-    def sample(self, n, purpose):
+    def sample(self, n, purpose, fitted=None):
         """→ drawn levels, mean images and labels of n samples; purpose: of the random numbers"""
-        labels = self.even_labels(n)
-        return *self.model.sample(n, labels, self.args.temperature, stream(self.args.seed, purpose)), labels
+        labels, generator = self.even_labels(n), stream(self.args.seed, purpose)
+        fitted = self.fitted if fitted is None else fitted
+        return *self.model.sample(n, labels, self.args.temperature, generator, fitted), labels
 
     @cached_property
     def codes(self):
         """The latents of up to 10,000 test images, or of 1,000 samples if the dataset is not here. A
         namespace:
 
-        z [N, D] and labels [N], on the CPU; order: the dimensions, most active first
-        std [N, D] and kl [D] in nats: of a Gaussian posterior (None for an AE and with --flow; then
-            `order` is by variance)
-        active [D]: of a VAE, whether the variance of z is above 0.01
+        z [N, D] and labels [N], on the CPU; base [N, D]: z in the base space of the prior
+        std [N, D] of the posterior (None for an AE), kl [D] in nats (None if it has no parts by dimension)
+        order: the dimensions, most active first: by kl, or by the variance of base (of an AE of z)
+        active [D]: of a VAE, whether the variance of base is above 0.01
         """
         if self.data and len(self.shuffled("latents")):
             index = self.shuffled("latents")[:10_000].split(self.model.max_batch)
             batches = map(self.data.test.batch, index)
         else:
             labels = self.even_labels(1000)
-            images, _ = self.model.sample(1000, labels, generator=stream(self.args.seed, "latents"))
+            images, _ = self.model.sample(1000, labels, generator=stream(self.args.seed, "latents"),
+                                          fitted=self.fitted)
             labels = torch.zeros(1000, dtype=torch.long) if labels is None else labels
             batches = zip(images.split(self.model.max_batch), labels.split(self.model.max_batch))
-        gaussian = isinstance(self.model, VAE) and not self.model.flow
-        encode = self.model.encode if gaussian else self.model.embed
-        codes = [(encode(*batch), batch[1].cpu()) for batch in batches]
-        found = Namespace(labels=torch.cat([labels for _, labels in codes]), std=None, kl=None, active=None)
-        if gaussian:
-            found.z, log_std = (torch.cat(parts).cpu() for parts in zip(*[code for code, _ in codes]))
-            found.std = log_std.exp()
-            found.kl = weight = self.model.prior.kl_by_dimension(found.z, log_std).mean(0)
-        else:
-            found.z = torch.cat([z for z, _ in codes]).cpu()
-            weight = found.z.var(0, correction=0)
-        if isinstance(self.model, VAE):
-            found.active = active_dimensions(found.z)
+        found, codes = Namespace(std=None, kl=None, active=None), []
+        for images, labels in batches:
+            code = self.model.encode(images, labels)
+            z, *log_std = code if isinstance(code, tuple) else (code,)
+            codes.append((z, self.model.to_base(z, labels), labels, *log_std))
+        found.z, found.base, found.labels, *log_std = (torch.cat(parts).cpu() for parts in zip(*codes))
+        if log_std:
+            found.std, found.active = log_std[0].exp(), active_dimensions(found.base)
+            found.kl = self.model.prior.kl_by_dimension(found.z, log_std[0])
+        if found.kl is not None:
+            found.kl = weight = found.kl.mean(0)
+        else:  # those of the base space of an AE are all about 1
+            weight = (found.z if found.std is None else found.base).var(0, correction=0)
         found.order = weight.argsort(descending=True)
         return found
 
-    def plane(self):
-        """A plane to show latents in: their own two dimensions, or their first two principal components.
+    def plane(self, z):
+        """A plane to show latents [N, D] in: their own two dimensions, or the first two principal
+        components.
 
         → origin [D], directions [2, D], names of the axes
         """
-        z, d = self.codes.z, self.model.latent_size
+        d = self.model.latent_size
         if d <= 2:
             return torch.zeros(d), torch.eye(2, d), ["z1", "z2" if d == 2 else "(one dimension)"]
         mean, covariance = mean_and_covariance([z], d)
@@ -158,11 +178,18 @@ class Subject:
 # A function for each picture. It returns nothing, or the reason why there is no picture.
 
 def samples(subject):
-    """Mean images of samples, and pixels drawn from the likelihood if it is one of discrete pixels."""
+    """Mean images of samples, and pixels drawn from the likelihood if it is one of discrete pixels. Samples
+    from the mixture have those from N(0, I) beside them.
+    """
     n, name = subject.args.num_samples, subject.prior_name
     drawn, mean, _ = subject.sample(n, "samples")
     columns = math.ceil(math.sqrt(n))
     subject.save("samples.png", save_grid, f"samples from {name}: mean images", mean, columns)
+    if subject.fitted and subject.model.prior is not None:
+        _, plain, _ = subject.sample(n, "samples", fitted=False)
+        subject.save("samples_prior.png", save_grid, f"samples from {subject.model.prior.description}: mean "
+                     "images. Those of samples.png are better, because the latents of all images together "
+                     "are not distributed as N(0, I)", plain, columns)
     if subject.model.likelihood.is_discrete:
         subject.save("samples_drawn.png", save_grid,
                      f"the same samples from {name}: pixels drawn from the likelihood", drawn / subject.scale,
@@ -177,24 +204,24 @@ def reconstructions(subject):
 
 
 def interpolations(subject, pairs=5, steps=9):
-    """Lines between the latents of test images of different classes, straight and on the sphere. For a
-    conditional model, between images of one class.
+    """Lines between the latents of test images of different classes: straight, and on the sphere in the base
+    space of the prior. For a conditional model, between images of one class.
     """
     ends = interpolation_ends(subject, pairs)
     if not ends:
         return "it needs two test images" + " of one class" * subject.conditional
     (a, starts, labels), (b, stops, others) = map(subject.test_images, ends)
     weights = torch.linspace(0, 1, steps, device=a.device)[:, None]
-    centre = subject.model.sampling_prior.mean_and_std()[0].to(a.device)
-    rows, names = [], []
+    model, rows = subject.model, []
     for i, (start, stop) in enumerate(zip(starts, stops)):
-        for name, line in (("linear", torch.lerp), ("spherical", slerp)):
-            z = centre + line(start - centre, stop - centre, weights)
-            rows += [a[i:i + 1], subject.model.mean_images(z, labels[i].expand(steps)), b[i:i + 1]]
-            names.append(name)
+        label = labels[i].expand(steps)
+        base = slerp(*model.to_base(torch.stack([start, stop]), label[:2]), weights)
+        for z in (torch.lerp(start, stop, weights), model.from_base(base, label)):
+            rows += [a[i:i + 1], model.mean_images(z, label), b[i:i + 1]]
     kind = " of one class" * subject.conditional + " of different classes" * bool((labels != others).all())
-    subject.save("interpolations.png", figures.labelled_grid, f"between the latents of two test images{kind}",
-                 torch.cat(rows), steps + 2, names,
+    subject.save("interpolations.png", figures.labelled_grid, f"between the latents of two test images{kind}"
+                 f"; spherical: {subject.base_name}", torch.cat(rows), steps + 2,
+                 ["linear", "spherical"] * len(starts),
                  ["image", *(f"{t:.3g}" for t in weights[:, 0].tolist()), "image"])
 
 
@@ -234,8 +261,8 @@ def slerp(start, end, weights):
 
 
 def manifold(subject):
-    """A 2-D latent space, decoded at the percentiles of the prior. For a conditional model, a picture a
-    class.
+    """A 2-D latent space, decoded at the percentiles of N(0, 1) in the base space of the prior. For a
+    conditional model, a picture a class.
     """
     model = subject.model
     if model.latent_size != 2:
@@ -243,9 +270,9 @@ def manifold(subject):
 
     def decoder(z, label=None):
         labels = None if label is None else label.expand(len(z))
-        z = model.sampling_prior.transform(subject.args.temperature * z.to(subject.args.device), labels)
+        z = model.from_base(subject.args.temperature * z.to(subject.args.device), labels)
         return model.mean_images(z, labels).cpu()
-    caption = f"the 2-D latent space at the percentiles of {subject.prior_name}"
+    caption = f"the 2-D latent space at the percentiles of N(0, I), {subject.base_name}"
     if not subject.conditional:
         subject.save("manifold.png", save_picture, caption, visualize_manifold(decoder))
     for label in subject.classes if subject.conditional else ():
@@ -260,16 +287,20 @@ def classes(subject, columns=10):
     if not subject.conditional:
         return "the model is not conditional"
     labels = subject.classes
-    z = subject.model.sample_latents(columns, None, subject.args.temperature,
-                                     stream(subject.args.seed, "classes"))
-    images = subject.model.mean_images(z.repeat(len(labels), 1), labels.repeat_interleave(columns))
-    subject.save("classes.png", figures.labelled_grid, "a row for each class, the same latent in each column",
+    prior = subject.model.sampling_prior(subject.fitted)
+    noise = torch.randn(columns, prior.noise_size, generator=stream(subject.args.seed, "classes"))
+    noise[:, :subject.model.latent_size] *= subject.args.temperature
+    labels = labels.repeat_interleave(columns)
+    z = prior.transform(noise.to(subject.args.device).repeat(len(subject.classes), 1), labels)
+    images, labels = subject.model.mean_images(z, labels), subject.classes
+    subject.save("classes.png", figures.labelled_grid, "a row for each class, the same noise in each column, "
+                 f"samples from {subject.prior_name}",
                  images, columns, [subject.about["classes"][label] for label in labels.tolist()])
 
 
 def latents(subject):
     """The latents of the test images, coloured by class."""
-    origin, directions, axes = subject.plane()
+    origin, directions, axes = subject.plane(subject.codes.z)
     points = (subject.codes.z - origin) @ directions.T
     what = "latents" if subject.codes.kl is None else "means of the posterior"
     names = subject.about["classes"]
@@ -282,7 +313,7 @@ def units(subject):
     """The KL of each latent dimension, and the posterior averaged over images beside the prior."""
     codes = subject.codes
     if codes.kl is None:
-        return "an AE has no KL, and with --flow the KL does not split by dimension"
+        return "an AE has no KL, and with --prior flow the KL does not split by dimension"
     if len(codes.z) < 20:
         return "fewer than 20 test images are too few for a variance"
     first = codes.order[:6]
@@ -299,17 +330,18 @@ def units(subject):
 
 
 def traversals(subject, rows=10, steps=11):
-    """A row for each of the most active latent dimensions. The others stay as in a test image."""
+    """A row for each of the most active dimensions of the base space. The others stay as in a test image."""
     codes, (_, z, label) = subject.codes, subject.test_images(subject.shuffled("traversals")[:1])
-    centre, spread = subject.model.sampling_prior.mean_and_std()
     offsets, chosen = torch.linspace(-3, 3, steps), codes.order[:rows].tolist()
-    z = z.cpu().repeat(len(chosen) * steps, 1)
+    labels = label.expand(len(chosen) * steps)
+    base = subject.model.to_base(z, label).repeat(len(labels), 1)
     for row, d in enumerate(chosen):
-        z[row * steps:(row + 1) * steps, d] = centre[d] + offsets * spread[d]
+        base[row * steps:(row + 1) * steps, d] = offsets.to(base)
     names = [f"z{d + 1}" + (f" ({codes.kl[d]:.2f} nats)" if codes.kl is not None else "") for d in chosen]
-    images = subject.model.mean_images(z.to(subject.args.device), label.expand(len(z)))
+    images = subject.model.mean_images(subject.model.from_base(base, labels), labels)
     subject.save("traversals.png", figures.labelled_grid, "the most active latent dimensions one by one, "
-                 "from -3 to 3 standard deviations; the others as in a test image", images, steps, names,
+                 f"from -3 to 3 standard deviations, {subject.base_name}; the others as in a test image",
+                 images, steps, names,
                  [f"{round(offset, 1) + 0.0:.1f}" for offset in offsets.tolist()])
 
 
@@ -385,16 +417,33 @@ def draw(subject):
 # ------------------------------------------------------------------------------------------------------------
 # --evaluate, --compare, --explore
 
+def quality(subject):
+    """The figures of samples of a Subject, see evaluate_samples."""
+    trained, args = subject.trained, subject.args
+    folder = Path(args.data_dir or trained["data_dir"])
+
+    def grey():
+        return load(args.dataset or trained["dataset"], folder, trained["image_size"], 256, "threshold",
+                    trained["transform"], None, args.device, download=False)
+    return evaluate_samples(subject.model, subject.data, grey, args, folder / "cache")
+
+
 def measure(subjects):
     """Write evaluation.json of each, and print the figures; of several seeds also their mean."""
     measured = []
     for subject in subjects:
-        measured.append(evaluate(subject.model, subject.data, subject.args))
+        measured.append(evaluate(subject.model, subject.data, subject.args) | quality(subject))
         subject.folder.mkdir(parents=True, exist_ok=True)
         path = subject.folder / "evaluation.json"
         write_json(path, {"ckpt": subject.path.as_posix(), **measured[-1]})
         print(path)
         print_figures(measured[-1:])
+        if measured[-1]["iw_nll"] is None and subject.model.prior is not None:
+            print(f"no NLL: {subject.trained['recon_loss']} is no likelihood of discrete pixels; train with "
+                  "--recon_loss logistic, or with --levels 2 or 16")
+        elif subject.about["levels"] == 2 and subject.trained["binarize"] == "threshold":
+            print("white where x > 0.5: published figures of binary MNIST are of pixels drawn at random "
+                  "(--binarize stochastic) and cannot be compared with these")
     trained = [subject.trained for subject in subjects]
     if differing_arguments(trained) == ["seed"] and len({run["seed"] for run in trained}) == len(trained):
         print("mean ± standard deviation of the seeds")
@@ -432,6 +481,10 @@ def comparison(subject, differing):
             error += (images - model.mean_images(z, labels)).square().sum().item() / len(order)
         if subject.codes.active is not None and len(subject.codes.z) >= 20:
             active = int(subject.codes.active.sum())
+    measured = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not measured, or damaged
+        measured = json.loads((subject.folder / "evaluation.json").read_text())
+        measured = measured if measured["ckpt"] == subject.path.as_posix() else {}
     kl = None if trained["iw_train"] else last.get("val_kl")  # of the importance-weighted bound it is no KL
 
     def decimals(value, places=2):
@@ -442,25 +495,32 @@ def comparison(subject, differing):
             {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",
              "val reconstruction": decimals(last.get("val_rec")), "val KL, nats": decimals(kl),
              "val bits/dim": decimals(last.get("val_bpd"), 4), "test squared error": decimals(error),
-             "active units": decimals(active, 0)})
+             "active units": decimals(active, 0), **{name.replace("_", " "): decimals(measured.get(name))
+                                                     for name in ("frechet_distance", "coverage")}})
 
 
 def explore(subject):
     """Make the window in which latents are changed by hand → figures.Explorer"""
-    codes, (origin, directions, _), device = subject.codes, subject.plane(), subject.args.device
+    codes, (origin, directions, _) = subject.codes, subject.plane(subject.codes.base)
+    model, device = subject.model, subject.args.device
     numbers, all_names = subject.classes.tolist() if subject.conditional else [], subject.about["classes"]
 
     @torch.no_grad()
-    def decode(z, label):
+    def decode(base, label):
         labels = torch.tensor([numbers[label]], device=device) if numbers else None
-        return subject.model.mean_images(z.to(device), labels)[0]
+        return model.mean_images(model.from_base(base.to(device), labels), labels)[0]
+
+    @torch.no_grad()
+    def random(label):
+        labels = torch.tensor([numbers[label]], device=device) if numbers else None
+        z = model.sample_latents(1, labels, subject.args.temperature, fitted=subject.fitted)
+        return model.to_base(z, labels)[0].cpu()
 
     from_data = subject.data and len(subject.shuffled("latents"))
     return figures.Explorer(
         f"{subject.trained['log_dir']}: {'test images' if from_data else 'samples of the model'} as points",
-        decode, lambda: subject.model.sample_latents(1, None, subject.args.temperature)[0].cpu(),
-        (codes.z[0], numbers.index(codes.labels[0]) if numbers else None), codes.order[:10].tolist(),
-        *subject.model.sampling_prior.mean_and_std(), (codes.z - origin) @ directions.T, codes.labels,
+        decode, random, (codes.base[0], numbers.index(codes.labels[0]) if numbers else None),
+        codes.order[:10].tolist(), (codes.base - origin) @ directions.T, codes.labels,
         all_names if from_data or numbers else [], origin, directions,
         [all_names[label] for label in numbers])
 
@@ -481,6 +541,9 @@ def parse_args(argv=None):
     add("--num_samples", type=number(int, 1), default=64, metavar="N", help="of samples.png")
     add("--temperature", type=number(float, 0), default=1.0, metavar="T",
         help="scales the standard deviation of the prior")
+    add("--prior", choices=("model", "fitted"),
+        help="what samples are drawn from: the prior of training, or the mixture fitted to latents after it "
+             "(default: fitted, where there is one)")
     add("--classes", nargs="+", metavar="NAME", help="of a conditional model: only these (default: all)")
     mode.add_argument("--evaluate", action="store_true", help="measure the model on the test images")
     mode.add_argument("--compare", action="store_true", help="one picture of several checkpoints")
@@ -503,7 +566,8 @@ def check_args(parser, args):
     chosen = next((name for name in ("evaluate", "compare", "explore") if vars(args)[name]), "draw")
     draws = ("draw", "compare", "explore")
     for name, modes in (("only", ("draw",)), ("num_samples", ("draw",)), ("temperature", draws),
-                        ("classes", draws), ("iw_samples", ("evaluate",)), ("limit", ("evaluate",))):
+                        ("prior", draws), ("classes", draws), ("iw_samples", ("evaluate",)),
+                        ("limit", ("evaluate",))):
         if vars(args)[name] != parser.get_default(name) and chosen not in modes:
             parser.error(f"argument --{name}: goes with " + (
                 "--evaluate" if modes == ("evaluate",) else f"drawing, not with --{chosen}"))

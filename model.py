@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distributions import DEFAULT_LIKELIHOOD, LIKELIHOODS, Gaussian, PosteriorFlow, StandardNormal
+from distributions import DEFAULT_LIKELIHOOD, LIKELIHOODS, PRIORS, Mixture
 from networks import NETWORKS
 from utils import elbo_to_bpd, log_normal, mean_and_covariance, normalize, sample_reparameterize
 
@@ -20,7 +20,7 @@ MAX_DECODER_OUTPUTS = 2**20  # numbers in one call of the decoder outside traini
 
 
 class AE(nn.Module):
-    """An autoencoder. It has no prior, so its samples come from a Gaussian fitted to latents.
+    """An autoencoder. It has no prior, so its samples come from a mixture of Gaussians fitted to latents.
 
     shape: (C, H, W), any from 8×8 up; levels: the number of values of a pixel
     model: a name in NETWORKS; hidden_dims, num_filters: the widths of its layers
@@ -44,11 +44,8 @@ class AE(nn.Module):
                                self.codes_per_latent * latent_size, **widths)
         self.decoder = decoder(shape, self.channels, latent_size + num_classes, **widths)
         self.to(memory_format=torch.channels_last)  # convolutions are faster
-        self.prior, self.fitted = self.make_priors()
-
-    def make_priors(self):
-        """→ the prior of training (None for an AE), a distribution fitted to latents (None for a VAE)"""
-        return None, Gaussian(self.latent_size)
+        self.prior = None  # the one of training
+        self.fitted = Mixture.standard(latent_size)  # to be fitted to latents; a VAE may have none
 
     # ---- images → z
 
@@ -63,6 +60,10 @@ class AE(nn.Module):
 
     def embed(self, images, labels=None):
         """The one z that stands for an image: integer levels [B, C, H, W] → [B, D]"""
+        return self.encode(images, labels)
+
+    def sample_posterior(self, images, labels=None, noise=None):
+        """A z for each image, of a VAE drawn from q(z|x): integer levels [B, C, H, W] → [B, D]"""
         return self.encode(images, labels)
 
     # ---- z → images
@@ -94,41 +95,61 @@ class AE(nn.Module):
 
     # ---- sampling
 
-    @property
-    def sampling_prior(self):
-        """The distribution that samples come from."""
-        return self.fitted if self.prior is None else self.prior
+    def sampling_prior(self, fitted=False):
+        """The distribution that samples come from: the prior, or the mixture fitted to latents. An AE has
+        only the mixture. Raises ValueError if the model has no mixture.
+        """
+        if (fitted or self.prior is None) and self.fitted is None:
+            raise ValueError("no mixture is fitted to this model's latents; fitted=False samples its prior")
+        return self.fitted if fitted or self.prior is None else self.prior
 
-    def sample_latents(self, n, labels=None, temperature=1.0, generator=None):
-        """z [n, D] from the prior (of an AE: from the fitted Gaussian)
+    def sample_latents(self, n, labels=None, temperature=1.0, generator=None, fitted=False):
+        """z [n, D] from the distribution that samples come from
 
-        temperature: scales its standard deviation
+        temperature: scales the noise (in a mixture that within a component)
         generator: a torch.Generator on the CPU; the same seed gives the same latents
         """
-        noise = torch.randn(n, self.latent_size, generator=generator)
-        return self.sampling_prior.transform(temperature * noise.to(next(self.parameters())), labels)
+        prior = self.sampling_prior(fitted)
+        noise = torch.randn(n, prior.noise_size, generator=generator)
+        noise[:, :self.latent_size] *= temperature
+        return prior.transform(noise.to(next(self.parameters())), labels)
 
     @torch.no_grad()
-    def sample(self, n, labels=None, temperature=1.0, generator=None):
+    def sample(self, n, labels=None, temperature=1.0, generator=None, fitted=False):
         """Draw n images, of the classes `labels` [n] if the model is conditional.
 
-        temperature, generator: as for sample_latents
+        temperature, generator: as for sample_latents; fitted: from the mixture, not from the prior
         → (x_samples: integer levels, uint8 [n, C, H, W]; x_mean: mean images in [0, 1], [n, C, H, W])
         """
-        z = self.sample_latents(n, labels, temperature, generator)
+        z = self.sample_latents(n, labels, temperature, generator, fitted)
         parts = [(self.likelihood.draw(params, generator), self.likelihood.mean(params))
                  for params in self.decode_in_parts(z, labels)]
         return tuple(torch.cat(images) for images in zip(*parts))
 
     @torch.no_grad()
-    def fit_prior(self, batches, all_reduce_sum=lambda sums: sums):
-        """Fit the Gaussian that an AE is sampled from to the z of images.
+    def fit_gaussian(self, batches, all_reduce_sum=lambda sums: sums):
+        """Fit one Gaussian to the z of images, for the samples of an AE during training.
 
         batches: of integer levels; all_reduce_sum: adds up a tensor over processes with batches of their own
         Raises FloatingPointError if a z is not finite.
         """
         latents = (self.embed(images) for images in batches)
-        self.fitted.fit(*mean_and_covariance(latents, self.latent_size, all_reduce_sum))
+        moments = mean_and_covariance(latents, self.latent_size, all_reduce_sum)
+        self.fitted = Mixture.gaussian(*moments).to(next(self.parameters()))
+
+    # ---- the base space, in which the prior is N(0, I)
+
+    def to_base(self, z, labels=None):
+        """z [n, D] → the noise that the prior turns into it, [n, D]. An AE has no prior: its z is moved and
+        scaled to mean 0 and standard deviation 1 of the fitted mixture.
+        """
+        mean, std = self.fitted.mean_and_std()
+        return (z - mean) / std.clamp_min(1e-12)
+
+    def from_base(self, base, labels=None):
+        """Undo to_base."""
+        mean, std = self.fitted.mean_and_std()
+        return mean + std * base
 
     # ---- the objective
 
@@ -146,10 +167,10 @@ class AE(nn.Module):
 
 
 class VAE(AE):
-    """A variational autoencoder (Kingma & Welling 2014) with a Gaussian posterior and the prior N(0, I).
+    """A variational autoencoder (Kingma & Welling 2014) with a Gaussian posterior.
 
-    flow: the number of pairs of coupling layers that make the posterior more flexible than a Gaussian. Above
-        0, L_reg is an estimate of the KL from the z that was drawn: unbiased, and it may be negative.
+    prior: a name in PRIORS. With "flow", of so many layers, L_reg is an estimate of the KL from the z that
+        was drawn: unbiased, and it may be negative.
     free_bits: in nats. If the KL of an image in a latent dimension is below this, it gets no gradient (Kingma
         et al. 2016, here for each image). The reported KL is the true one.
     iw_train: the number K of latents of the importance-weighted bound (Burda et al. 2016), whose terms
@@ -158,24 +179,19 @@ class VAE(AE):
 
     codes_per_latent = 2  # mean and log_std
 
-    def __init__(self, *args, flow=0, free_bits=0.0, iw_train=0, **kwargs):
-        self.codes_per_latent = VAE.codes_per_latent + bool(flow)  # and the flow's context
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, prior="normal", prior_layers=8, free_bits=0.0, iw_train=0, num_classes=0,
+                 **kwargs):
+        super().__init__(*args, num_classes=num_classes, **kwargs)
         self.free_bits, self.iw_train = free_bits, iw_train
-        self.flow = PosteriorFlow(self.latent_size, flow)
-
-    def make_priors(self):
-        return StandardNormal(self.latent_size), None
+        self.prior, self.fitted = PRIORS[prior](self.latent_size, prior_layers, num_classes), None
 
     def encode(self, images, labels=None):
-        """Integer levels [B, C, H, W] → mean, log_std of the Gaussian q(z|x), each [B, D]; with a flow also
-        its context [B, D]
-        """
+        """Integer levels [B, C, H, W] → mean, log_std of the Gaussian q(z|x), each [B, D]"""
         x = self.encoder_input(images, labels)
-        mean, log_std, *context = self.encoder(x).to(x.dtype).chunk(self.codes_per_latent, dim=1)
+        mean, log_std = self.encoder(x).to(x.dtype).chunk(2, dim=1)
         # exp(2 log_std) overflows float32 from 44.4 on; no useful posterior comes near ±20.
         # hardtanh is a clamp with a cheaper gradient.
-        return mean, F.hardtanh(log_std, -20, 20), *context
+        return mean, F.hardtanh(log_std, -20, 20)
 
     def encoder_input(self, images, labels):
         """Integer levels [B, C, H, W] → what the encoder sees, on [-1, 1]"""
@@ -183,8 +199,17 @@ class VAE(AE):
 
     def embed(self, images, labels=None):
         """The one z that stands for an image, the posterior's mean: integer levels [B, C, H, W] → [B, D]"""
-        mean, _, *context = self.encode(images, labels)
-        return self.flow.transform(mean, *context)[0]
+        return self.encode(images, labels)[0]
+
+    def sample_posterior(self, images, labels=None, noise=None):
+        mean, log_std = self.encode(images, labels)
+        return sample_reparameterize(mean, log_std.exp(), noise)
+
+    def to_base(self, z, labels=None):
+        return self.prior.inverse(z, labels)
+
+    def from_base(self, base, labels=None):
+        return self.prior.transform(base, labels)
 
     def forward(self, images, labels=None, noise=None):
         """As AE.forward. With iw_train, noise is [B, K, D]: L_rec is the mean over the K latents, L_reg is
@@ -193,8 +218,8 @@ class VAE(AE):
         if noise is None:
             k = [self.iw_train] if self.iw_train else []
             noise = torch.randn(len(images), *k, self.latent_size).to(next(self.parameters()))
-        if self.iw_train or self.flow:
-            rec, log_ratio = self.log_weights(images, labels, noise if self.iw_train else noise[:, None])
+        if self.iw_train:
+            rec, log_ratio = self.log_weights(images, labels, noise)
             bound, mean_rec = self.neg_bound(rec, log_ratio).mean(), rec.mean()
             return mean_rec, bound - mean_rec, self.bits_per_dim(bound)
         mean, log_std = self.encode(images, labels)
@@ -210,8 +235,9 @@ class VAE(AE):
         return rec, kl, self.bits_per_dim(rec + kl)
 
     def exact_kl(self, images, labels=None):
-        """The KL of q(z|x) from the prior in closed form, nats [B]; None with a flow, which has none"""
-        return None if self.flow else self.prior.kl(*self.encode(images, labels), labels=labels)
+        """The KL of q(z|x) from the prior in closed form, nats [B]; None if the prior has none"""
+        kl = self.prior.kl_by_dimension(*self.encode(images, labels))
+        return None if kl is None else kl.sum(1)
 
     def bits_per_dim(self, neg_elbo):
         """Nats an image → bits/dim, without a gradient; None if pixels are not discrete"""
@@ -228,19 +254,11 @@ class VAE(AE):
         """The terms of the log importance weights of K latents of each image, noise ~ N(0, I) [B, K, D].
 
         → −log p(x|z) and log q(z|x) - log p(z), in nats, each [B, K]; a log weight is minus their sum
-
-        With a flow and K = 1, the gradient of log q(z|x) flows only through z. The rest of it is 0 in
-        expectation, so it would only add noise (Roeder et al. 2017). For K > 1 it is not 0, and is kept.
         """
         k = noise.shape[1]
-        mean, log_std, *context = (tensor[:, None] for tensor in self.encode(images, labels))
-        z, log_det = self.flow.transform(sample_reparameterize(mean, log_std.exp(), noise), *context)
-        if self.flow and k == 1 and torch.is_grad_enabled():
-            log_std, *context = (tensor.detach() for tensor in (log_std, *context))
-            start, log_det = self.flow.inverse(z, *context)  # the same values, but functions of z alone
-            noise = noise + (start - start.detach()) * (-log_std).exp()  # its value is still the noise
-        log_q = log_normal(noise) - log_std.sum(-1) - log_det
-        z = z.flatten(0, 1)
+        mean, log_std = (tensor[:, None] for tensor in self.encode(images, labels))
+        z = sample_reparameterize(mean, log_std.exp(), noise).flatten(0, 1)
+        log_q = log_normal(noise) - log_std.sum(-1)
         labels = None if labels is None else labels.repeat_interleave(k)
         rec = self.likelihood.loss(self.decode(z, labels), images.repeat_interleave(k, 0))
         return rec.view(-1, k), log_q - self.prior.log_prob(z, labels).view(-1, k)
@@ -276,7 +294,7 @@ def build(args, data):
     common |= {"shape": data["shape"], "levels": data["levels"]}
     if args["loss_mode"] == "ae":
         return AE(**common)
-    common |= {name: args[name] for name in ("flow", "free_bits", "iw_train")}
+    common |= {name: args[name] for name in ("prior", "prior_layers", "free_bits", "iw_train")}
     if args["conditional"]:
         return ConditionalVAE(**common, num_classes=len(data["classes"]))
     return VAE(**common)

@@ -176,7 +176,7 @@ def write_csv(path, columns, rows):
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: dictionaries of plain data and tensors
 
-FORMAT, VERSION = "plain-vae", 3
+FORMAT, VERSION = "plain-vae", 4
 
 
 def checkpoint_bytes(checkpoint):
@@ -231,7 +231,7 @@ def load_checkpoint(path):
     if version != VERSION:
         raise UserError(f"{path} was written by {'a newer' if version > VERSION else 'an older'} version of "
                         f"this project (format {version}; this one reads {VERSION})")
-    for part in ("model", "ema", "optimizer"):
+    for part in ("model", "ema", "fitted", "optimizer"):
         if not all_finite(checkpoint.get(part)):
             raise UserError(f"{path} is damaged: a number in its {part} is not finite")
     return checkpoint

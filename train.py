@@ -28,7 +28,7 @@ from cli import UserError, device_type, number, run_name, say, warn
 from data import load, warp
 from datasets import DATASETS
 from distributed import RANK, WORLD, all_reduce_sum, broadcast
-from distributions import DEFAULT_LIKELIHOOD, LIKELIHOODS
+from distributions import DEFAULT_LIKELIHOOD, LIKELIHOODS, PRIORS, Mixture, fit_mixture
 from figures import save_grid
 from model import AE, build
 from networks import NETWORKS
@@ -233,6 +233,7 @@ def run(args, data, checkpoint, signals):
                 # writes both again.
                 saver.save(*["best.pt", "last.pt"] if improved else ["last.pt"])
                 print_epoch(row, args, improved)
+            fit_best(state, data, args, checkpoints / "best.pt", saver.after_step)
             test = test_best(state, data, args, checkpoints, saver.after_step)
         except FloatingPointError:
             raise UserError(not_finite_message(args, state, checkpoints))
@@ -252,7 +253,7 @@ def run_epoch(state, data, args, saver):
     if args.loss_mode == "ae":  # the Gaussian that samples are drawn from
         order = torch.arange(len(data.train))
         parts = batches(data.train, order, args, "prior", state.epoch)
-        state.evaluated.fit_prior((images for images, _, _, count, _ in parts if count), all_reduce_sum)
+        state.evaluated.fit_gaussian((images for images, _, _, count, _ in parts if count), all_reduce_sum)
     beta, lr = beta_at(state.epoch, args), learning_rate(data, args)(state.step - 1)
     return {"epoch": state.epoch + 1, "beta": beta if args.loss_mode == "vae" else None, "lr": lr,
             **{f"train_{name}": value for name, value in train.items()},
@@ -274,6 +275,35 @@ def is_best(row, state):
 
 
 @torch.no_grad()
+def fit_best(state, data, args, path, after_step):
+    """Replace the weights by those of best.pt, fit a mixture to their latents of the training images, one
+    draw from q(z|x) for each, and write best.pt again with it. Its samples are better than those of N(0, I),
+    which the latents of all images together do not match (Hoffman & Johnson 2016; Ghosh et al. 2020). A
+    trained prior needs no mixture. The first process does it, for all.
+    """
+    best, model = broadcast(lambda: load_checkpoint(path)), state.evaluated
+    model.load_state_dict(best["ema"] or best["model"])
+    if args.prior == "flow":
+        return
+
+    def fit():
+        latents = []
+        n = len(data.train) if args.latent_size > 128 else min(len(data.train), 2**20 // args.latent_size)
+        for block, index in enumerate(torch.arange(n).split(1024)):
+            images, labels = data.train.batch(index, args.seed, "binarize", "mixture", block)
+            noise = normal((len(index), args.latent_size), args.device, args.seed, "noise", "mixture", block)
+            latents.append(torch.cat([model.sample_posterior(*part) for part in zip(
+                *(tensor.split(model.max_batch) for tensor in (images, labels, noise)))]).cpu())
+        classes = (data.train.labels.cpu(), len(data.classes), 10) if args.conditional else ()
+        return dict(fit_mixture(torch.cat(latents), *classes).named_buffers())
+    best["fitted"] = broadcast(fit)
+    model.fitted = Mixture(**best["fitted"]).to(args.device)
+    if RANK == 0:
+        save_checkpoint(path, best)
+    after_step()
+
+
+@torch.no_grad()
 def test_best(state, data, args, checkpoints, after_step):
     """Replace the weights by those of best.pt → its figures on the test images"""
     best, model = broadcast(lambda: load_checkpoint(checkpoints / "best.pt")), state.evaluated
@@ -282,7 +312,8 @@ def test_best(state, data, args, checkpoints, after_step):
     test = {"epoch": best["epoch"], **{f"test_{name}": value for name, value in terms.items()}}
     if args.loss_mode == "vae":
         index = torch.arange(len(data.test)).split(args.batch_size)
-        latents = torch.cat([model.embed(*data.test.batch(part)) for part in index])
+        latents = torch.cat([model.to_base(model.embed(images, labels), labels)
+                             for images, labels in map(data.test.batch, index)])
         test["active_units"] = active_units(latents) if len(latents) >= 20 else None  # too few for a variance
     return test
 
@@ -342,6 +373,8 @@ def restore_state(state, checkpoint):
     state.model.load_state_dict(checkpoint["model"])
     if state.ema:
         state.ema.load_state_dict(checkpoint["ema"])
+    if checkpoint["fitted"] and state.model.prior is None:  # an AE's; a VAE's is fitted after the last epoch
+        state.evaluated.fitted = Mixture(**checkpoint["fitted"]).to(state.sums.device)
     moments = checkpoint["optimizer"]  # without the learning rate and other arguments
     state.optimizer.load_state_dict({"state": moments,
                                      "param_groups": state.optimizer.state_dict()["param_groups"]})
@@ -497,10 +530,12 @@ class Saver:
         checkpoint = {"args": vars(self.args), "data": self.data.about(), "threads": torch.get_num_threads(),
                       "processes": WORLD, "model": state.model.state_dict(),
                       "ema": state.ema and state.ema.state_dict(),
+                      "fitted": state.evaluated.fitted and dict(state.evaluated.fitted.named_buffers()),
                       "optimizer": state.optimizer.state_dict()["state"], "epoch": state.epoch,
                       "step": state.step, "sums": all_reduce_sum(sums), "best": state.best,
                       "history": state.history, "elapsed": time.monotonic() - self.epoch_start}
-        if not runs.all_finite([checkpoint[part] for part in ("model", "ema", "optimizer", "sums")]):
+        parts = "model", "ema", "fitted", "optimizer", "sums"
+        if not runs.all_finite([checkpoint[part] for part in parts]):
             raise FloatingPointError
         for name in names if RANK == 0 else ():
             save_checkpoint(self.folder / name, checkpoint)
@@ -593,7 +628,8 @@ def print_test(test, args):
     # with --iw_train, L_reg is no KL, and the advice does not apply
     if not args.iw_train and (test["test_kl"] < 1 or few):
         say("the posterior collapsed: the decoder hardly uses z. What may help: "
-            f"{'' if args.flow else '--free_bits 0.1, '}a smaller --target_beta_val, or --beta_mode linear")
+            + "--free_bits 0.1, " * (args.prior == "normal")
+            + "a smaller --target_beta_val, or --beta_mode linear")
 
 
 def describe(row, prefix):
@@ -610,7 +646,7 @@ def draw_epoch(state, data, args, folder):
         labels = torch.arange(n, device=args.device) // 8
     _, samples = model.sample(n, labels, generator=stream(args.seed, "samples"))
     save_grid(folder / f"samples_{epoch:03d}.png",
-              f"{args.log_dir}, epoch {epoch}: samples from {model.sampling_prior.description}", samples, 8)
+              f"{args.log_dir}, epoch {epoch}: samples from {model.sampling_prior().description}", samples, 8)
     images, labels = data.val.batch(torch.arange(min(32, len(data.val))))
     pairs = interleave(images / (data.levels - 1), model.reconstruct(images, labels), 8)
     save_grid(folder / f"reconstructions_{epoch:03d}.png",
@@ -719,13 +755,16 @@ def make_parser():
     add("--num_filters", type=number(int, 1), default=8, metavar="N",
         help="cnn, resnet: their width; the levels of the cnn have 8 N, then 16 N channels, of the resnet N, "
              "2 N, then 4 N")
-    add("--flow", type=number(int, 0), default=0, metavar="N",
-        help="pairs of coupling layers (a normalizing flow) that make the posterior of a VAE more flexible")
+    add("--prior", choices=list(PRIORS), default="normal",
+        help="of a VAE; flow: coupling layers, trained with the model, in place of N(0, I). With one latent "
+             "dimension that is a Gaussian with a learned mean and scale")
+    add("--prior_layers", type=number(int, 1), default=8, metavar="N",
+        help="number of coupling layers of --prior flow")
 
     add = parser.add_argument_group("objective").add_argument
     add("--recon_loss", choices=list(LIKELIHOODS),
-        help="likelihood of an image given z: squared error, Bernoulli, softmax over levels, logistic "
-             "(default by levels: 2 bce, 16 categorical, 256 mse)")
+        help="likelihood of an image given z: squared error, Gaussian of a learned scale, Bernoulli, "
+             "softmax over levels, logistic (default by levels: 2 bce, 16 categorical, 256 mse)")
     add("--target_beta_val", type=number(float, 0), default=1.0, metavar="BETA", help="weight of the KL")
     add("--beta_mode", choices=("constant", "linear", "cyclical"), default="constant",
         help="how beta changes over the epochs; linear: 0 in the first one, then BETA / epochs more in each")
@@ -805,12 +844,14 @@ def check_args(parser, args):
         parser.error(f"argument --image_size: {len(args.image_size)} numbers, only height [width]")
     if args.binarize == "stochastic" and args.levels != 2:
         parser.error(f"argument --binarize: stochastic goes with --levels 2, not {args.levels}")
-    for name in ("conditional", "flow", "free_bits", "iw_train"):
-        if args.loss_mode == "ae" and vars(args)[name]:
+    for name in ("conditional", "prior", "free_bits", "iw_train"):
+        if args.loss_mode == "ae" and vars(args)[name] != parser.get_default(name):
             parser.error(f"argument --{name}: goes with --loss_mode vae, not ae")
-    if args.flow and args.free_bits:
-        parser.error(f"argument --free_bits: {args.free_bits} does not go with --flow, whose KL has no parts "
-                     "by dimension")
+    if args.prior != "flow" and args.prior_layers != parser.get_default("prior_layers"):
+        parser.error(f"argument --prior_layers: {args.prior_layers} goes with --prior flow, not normal")
+    if args.prior == "flow" and args.free_bits:
+        parser.error(f"argument --free_bits: {args.free_bits} does not go with --prior flow, whose KL has no "
+                     "parts by dimension")
     if args.warp > 1:
         parser.error(f"argument --warp: {args.warp:g} is not allowed, only a share of the epochs from 0 to 1")
     if args.ema >= 1:

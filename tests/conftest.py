@@ -297,7 +297,8 @@ def gradients(case, n):
     kind = dict(ae=model.AE, conditional=model.ConditionalVAE).get(case, model.VAE)
     net = kind(
         (1, 9, 11), 2, case if case in networks.NETWORKS else "cnn", 3, hidden_dims=[16], num_filters=2,
-        **dict(num_classes=2) if case == "conditional" else {{}}, **dict(flow=1) if case == "flow" else {{}},
+        **dict(num_classes=2) if case == "conditional" else {{}},
+        **dict(prior="flow") if case == "flow" else {{}},
         **dict(iw_train=4) if case == "weighted" else {{}}).double()
     everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
     state = train.State(net, None, torch.optim.SGD(net.parameters(), 0.0), train.no_sums("cpu"))

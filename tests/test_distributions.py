@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import distributions as D
 
+import distributions
 import model
 from tests.conftest import double, levels_like
+from tests.test_model import stir
 
 
 @pytest.mark.parametrize("levels", [2, 16])
@@ -28,6 +30,25 @@ def test_reconstruction_loss_is_that_of_torch_distributions(levels, recon_loss):
         mean = D.Bernoulli(logits=params).mean
     torch.testing.assert_close(net.likelihood.loss(params, images), expected.sum((1, 2, 3)))
     torch.testing.assert_close(net.likelihood.mean(params), mean)
+
+
+def test_the_gaussian_is_that_of_torch_and_its_best_scale_is_the_error():
+    net = model.VAE((2, 8, 9), 256, "mlp", 3, recon_loss="gaussian", hidden_dims=[4]).double()
+    assert any(parameter is net.likelihood.log_scale for parameter in net.parameters())
+    images, params = levels_like((2, 8, 9), 256), double(5, 2, 8, 9)
+    x = images.double() / 127.5 - 1
+    for scale in (0.01, 0.3, 1.0):
+        net.likelihood.log_scale.data.fill_(math.log(scale))
+        expected = -D.Normal(params.tanh(), scale).log_prob(x).sum((1, 2, 3))
+        torch.testing.assert_close(net.likelihood.loss(params, images), expected)
+    net.likelihood.log_scale.data.fill_((params.tanh() - x).square().mean().sqrt().log())
+    loss = net.likelihood.loss(params, images).sum()
+    assert torch.autograd.grad(loss, net.likelihood.log_scale)[0].abs() < 1e-9
+    net.likelihood.log_scale.data.fill_(math.log(0.1))
+    drawn = net.likelihood.draw(torch.zeros(20, 2, 50, 50), torch.Generator().manual_seed(0)) / 127.5 - 1
+    assert drawn.std().item() == pytest.approx(0.1, rel=0.02) and drawn.mean().item() == \
+        pytest.approx(0, abs=1e-3)
+    assert torch.equal(net.likelihood.mean(params), (params.tanh() + 1) / 2)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.02, 0.5, 1e3])
@@ -92,3 +113,132 @@ def test_draws_follow_the_likelihood(levels):
         p = probabilities[0, level]
         frequency = (draws == level).float().mean(0)[0]
         assert ((frequency - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt() + 1e-4).all()
+
+
+def flow(size, layers, num_classes=0, scale=0.3):
+    torch.manual_seed(0)
+    prior = distributions.Flow(size, layers, num_classes).double()
+    stir(prior, scale)
+    return prior
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+@pytest.mark.parametrize("layers", [1, 5])
+def test_a_flow_has_the_density_of_its_jacobian(size, layers):
+    prior, noise = flow(size, layers, 3), double(6, size)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    z = prior.transform(noise, labels)
+    torch.testing.assert_close(prior.inverse(z, labels), noise, rtol=0, atol=1e-9)
+    for row, label in enumerate(labels):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda noise: prior.transform(noise[None], label[None])[0], noise[row])
+        assert size < 5 or layers == 1 or (jacobian != 0).sum() > 2 * size
+        expected = D.Normal(0, 1).log_prob(noise[row]).sum() - jacobian.slogdet()[1]
+        torch.testing.assert_close(prior.log_prob(z, labels)[row], expected)
+    assert not torch.allclose(prior.log_prob(z, labels), prior.log_prob(z, labels.flip(0)))
+    single = prior.float()
+    torch.testing.assert_close(single.inverse(single.transform(noise.float(), labels), labels), noise.float(),
+                               rtol=0, atol=1e-4)
+
+
+def test_a_flow_integrates_to_one_and_begins_as_the_standard_normal():
+    t = torch.linspace(-30, 30, 6001).double()
+    assert torch.trapezoid(flow(1, 3).log_prob(t[:, None]).exp(), t).item() == pytest.approx(1, abs=1e-6)
+    t = torch.linspace(-14, 14, 801).double()
+    density = flow(2, 3).log_prob(torch.cartesian_prod(t, t)).exp().view(801, 801)
+    assert torch.trapezoid(torch.trapezoid(density, t), t).item() == pytest.approx(1, abs=1e-4)
+    z = double(7, 5)
+    new = distributions.Flow(5, 4).double()
+    torch.testing.assert_close(new.log_prob(z), D.Normal(0, 1).log_prob(z).sum(1))
+    assert torch.equal(new.transform(z).sort(1)[0], z.sort(1)[0])
+
+
+def test_samples_of_a_flow_have_its_density():
+    prior, n = flow(1, 3, scale=0.5), 100_000
+    z = prior.transform(torch.randn(n, 1, generator=torch.Generator().manual_seed(0)).double())[:, 0]
+    edges = z.quantile(torch.linspace(0, 1, 21).double()[1:-1])
+    t = torch.linspace(-40, 40, 80_001).double()
+    cumulative = torch.cumulative_trapezoid(prior.log_prob(t[:, None]).exp(), t)
+    shares = cumulative[torch.searchsorted(t, edges) - 1]
+    torch.testing.assert_close(shares, torch.linspace(0, 1, 21).double()[1:-1], rtol=0,
+                               atol=5 * 0.5 / n ** 0.5)
+
+
+def blobs(n, seed=0):
+    """Latents of three far clusters in 3-D with known parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, means = torch.tensor([0.5, 0.3, 0.2]), 20 * torch.eye(3)
+    scales = torch.tril(torch.randn(3, 3, 3, generator=generator)) + 2 * torch.eye(3)
+    which = torch.multinomial(weights, n, True, generator=generator)
+    z = means[which] + (scales[which] @ torch.randn(n, 3, 1, generator=generator))[..., 0]
+    return z, weights, means, scales
+
+
+def test_the_mixture_finds_clusters_and_its_samples_have_their_moments():
+    z, weights, means, scales = blobs(20_000)
+    fitted = distributions.fit_mixture(z, components=3)
+    order = [int((mean - fitted.means[0]).norm(dim=1).argmin()) for mean in means]
+    assert sorted(order) == [0, 1, 2]
+    torch.testing.assert_close(fitted.weights[0, order], weights, rtol=0, atol=0.015)
+    torch.testing.assert_close(fitted.means[0, order], means, rtol=0, atol=0.2)
+    found = fitted.scales[0, order]
+    torch.testing.assert_close(found @ found.mT, scales @ scales.mT, rtol=0.05, atol=0.3)
+    assert torch.equal(found, found.tril()) and repr(fitted.weights) == repr(
+        distributions.fit_mixture(z, components=3).weights)
+    noise = torch.randn(200_000, 4, generator=torch.Generator().manual_seed(1))
+    drawn = fitted.transform(noise)
+    torch.testing.assert_close(drawn.mean(0), z.mean(0), rtol=0, atol=0.1)
+    torch.testing.assert_close(drawn.T.cov(), z.T.cov(), rtol=0.02, atol=0.5)
+    mean, std = fitted.mean_and_std()
+    torch.testing.assert_close(mean, z.mean(0), rtol=0, atol=0.01)
+    torch.testing.assert_close(std, z.std(0), rtol=0.01, atol=0.01)
+    # at temperature 0 a sample is the mean of its component
+    noise[:, :3] = 0
+    shares = (fitted.transform(noise)[:, None] == fitted.means[0]).all(2).float().mean(0)
+    torch.testing.assert_close(shares, fitted.weights[0], rtol=0, atol=0.01)
+
+
+def test_expectation_maximisation_ends_where_no_step_changes_anything():
+    """The fixed point, with the responsibilities of torch.distributions: overlapping clusters."""
+    torch.manual_seed(0)
+    z = torch.cat([torch.randn(3000, 2), torch.randn(2000, 2) @ torch.tensor([[1.0, 0.9], [0.0, 0.5]]) + 1.5])
+    weights, means, scales = distributions.expectation_maximisation(z.double(), 2, steps=2000)
+    mixture = D.MixtureSameFamily(D.Categorical(weights), D.MultivariateNormal(means, scale_tril=scales))
+    part = mixture.component_distribution.log_prob(z.double()[:, None]) + weights.log()
+    share = part.softmax(1)
+    torch.testing.assert_close(share.mean(0), weights, rtol=0, atol=0.02)
+    for k in range(2):
+        mean = (share[:, k] @ z.double()) / share[:, k].sum()
+        torch.testing.assert_close(mean, means[k], rtol=0, atol=0.05)
+        centred = z.double() - mean
+        covariance = (share[:, k, None] * centred).T @ centred / share[:, k].sum()
+        torch.testing.assert_close(covariance, scales[k] @ scales[k].T, rtol=0.03, atol=0.03)
+    one = distributions.fit_mixture(z, components=1)
+    assert mixture.log_prob(z.double()).mean() > D.MultivariateNormal(
+        one.means[0, 0], scale_tril=one.scales[0, 0]).log_prob(z).mean() + 0.01
+    torch.testing.assert_close(one.means[0, 0], z.mean(0))
+    torch.testing.assert_close(one.scales[0, 0] @ one.scales[0, 0].T, z.T.cov(correction=0), rtol=1e-5,
+                               atol=1e-5)
+
+
+def test_the_mixture_has_as_many_components_as_the_latents_of_a_class_allow():
+    z, labels = torch.randn(900, 3), torch.tensor([0] * 600 + [1] * 300)
+    fitted = distributions.fit_mixture(z, labels, 2, components=15)
+    assert (fitted.weights > 0).sum(1).tolist() == [15, 10]
+    assert fitted.weights.sum(1).tolist() == pytest.approx([1, 1])
+    # a class with few latents, and one without any: a Gaussian each, with one covariance
+    z[labels == 1] += 5
+    labels[-280:] = 0
+    few = distributions.fit_mixture(z, labels, 3)
+    assert few.weights.shape == (3, 1) and torch.equal(few.scales[0], few.scales[1])
+    torch.testing.assert_close(few.means[1, 0], z[labels == 1].mean(0))
+    torch.testing.assert_close(few.means[2, 0], z.mean(0))
+    within = torch.cat([z[labels == label] - z[labels == label].mean(0) for label in (0, 1)])
+    torch.testing.assert_close(few.scales[0, 0] @ few.scales[0, 0].T, within.T @ within / 900, rtol=1e-4,
+                               atol=1e-5)
+    assert distributions.fit_mixture(torch.randn(3000, 130)).weights.shape == (1, 1)
+    with pytest.raises(FloatingPointError):
+        distributions.fit_mixture(torch.tensor([[1.0], [math.nan]]))
+    labels = torch.tensor([1, 0, 1])
+    noise = torch.randn(3, 4)
+    assert not torch.equal(fitted.transform(noise, labels), fitted.transform(noise, 1 - labels))

@@ -18,16 +18,18 @@ import infer
 import model
 import train
 import utils
-from tests.conftest import fit, levels_like, outcome, pixels
+from tests.conftest import HERE, double, fit, levels_like, outcome, pixels
 from tests.test_model import LinearGaussian
 
 
-@pytest.mark.parametrize("flow,most,n", [(0, 5000, 100), pytest.param(1, 4000, 60, marks=pytest.mark.slow)])
-def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(monkeypatch, flow, most, n):
-    net, images = LinearGaussian(flow), levels_like((1, 8, 8), 256, n)
+@pytest.mark.parametrize("prior", ["normal", "flow"])
+def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(monkeypatch, prior, most=5000,
+                                                                             n=100):
+    net, images = LinearGaussian(prior), levels_like((1, 8, 8), 256, n)
     split = data.Split(images, torch.arange(n), torch.zeros(n, dtype=torch.long), 256)
     everything = data.Data(split, split, split, (1, 8, 8), 256, [], 0)
-    marginal = D.MultivariateNormal(torch.zeros(64).double(), net.w @ net.w.T + 0.25 * torch.eye(64))
+    scaled = net.w * net.std
+    marginal = D.MultivariateNormal(net.w @ net.mean, scaled @ scaled.T + 0.25 * torch.eye(64))
     exact = -marginal.log_prob(net.normalize(images).flatten(1)).mean().item()
     found = [evaluate.evaluate(net, everything, Namespace(limit=None, iw_samples=k, device="cpu", seed=1))
              for k in (1, 10, 100, most)]
@@ -55,9 +57,9 @@ def test_evaluation_refuses_a_dataset_that_has_changed(folder, workplace, capsys
     assert not Path("results/run/evaluation.json").exists()
 
 
-def test_several_models_are_measured_at_once_and_one_with_a_flow_is_drawn(folder, workplace, capsys):
+def test_several_models_are_measured_at_once_and_one_with_a_flow_prior_is_drawn(folder, workplace, capsys):
     train.main([f"--dataset={folder}", "--model=mlp", "--latent_size=4", "--levels=2", "--epochs=2",
-                "--flow=1", "--seeds", "1", "2", "--log_dir=run"])
+                "--prior=flow", "--seeds", "1", "2", "--log_dir=run"])
     paths = [f"checkpoints/run/seed_{seed}/best.pt" for seed in (1, 2)]
     capsys.readouterr()
     infer.main(["--evaluate", "--iw_samples=20", "--ckpt", *paths])
@@ -74,7 +76,7 @@ def test_several_models_are_measured_at_once_and_one_with_a_flow_is_drawn(folder
     infer.main(["--ckpt", paths[0], "--only", "reconstructions,latents,units,traversals"])
     drawn = {path.name for path in Path("results/run/seed_1").glob("[a-z]*s.png")}
     assert {"reconstructions.png", "latents.png", "traversals.png"} <= drawn and "units.png" not in drawn
-    assert "left out units: an AE has no KL, and with --flow" in capsys.readouterr().err
+    assert "left out units: an AE has no KL, and with --prior flow" in capsys.readouterr().err
 
 
 def test_an_ae_is_measured_against_pca(folder, workplace):
@@ -90,8 +92,99 @@ def test_an_ae_is_measured_against_pca(folder, workplace):
     left = ((y - y @ basis.T @ basis) ** 2).sum(1).mean()
     assert measured["pca_squared_error"] == pytest.approx(left, rel=1e-6)
     net, _ = infer.restore(Path("checkpoints/run/best.pt"), "cpu")
-    assert not torch.equal(net.fitted.scale, torch.eye(4))
+    assert not torch.equal(net.fitted.scales[0, 0], torch.eye(4))
     error = ((net.reconstruct(images).detach().numpy() - images.numpy() / 255) ** 2).sum((1, 2, 3)).mean()
     assert measured["squared_error"] == pytest.approx(error, rel=1e-5) and measured["images"] == 30
     assert measured["psnr"] == pytest.approx(10 * math.log10(784 / error), rel=1e-5)
     assert measured["kl"] is measured["iw_nll"] is measured["neg_elbo"] is None
+
+
+def test_the_frechet_distance_is_that_of_gaussians():
+    x = double(500, 4)
+    x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov(correction=0)),
+                                      (x - x.mean(0)).T, upper=False).T  # mean 0 and covariance I, exactly
+    rotation = torch.linalg.qr(double(4, 4, seed=1))[0]
+    a = x * torch.tensor([1.0, 2.0, 3.0, 0.0]) @ rotation
+    b = (x.flip(0) * torch.tensor([1.5, 2.0, 1.0, 0.5]) + torch.tensor([1.0, 0.0, 0.0, 2.0])) @ rotation
+    assert evaluate.frechet_distance(a, b) == pytest.approx(0.5 ** 2 + 2 ** 2 + 0.5 ** 2 + 1 + 4, rel=1e-6)
+    assert evaluate.frechet_distance(b, b) == pytest.approx(0, abs=1e-8)
+    # of covariances that do not commute, against a square root found another way
+    c = x @ double(4, 4, seed=2)
+    product = np.linalg.eigvals((a.T.cov(correction=0) @ c.T.cov(correction=0)).numpy())
+    expected = a.var(0, correction=0).sum() + c.var(0, correction=0).sum() - 2 * np.sqrt(
+        np.maximum(product.real, 0)).sum()
+    assert evaluate.frechet_distance(a, c) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_precision_recall_density_and_coverage_counted_by_hand():
+    """Balls of the real ones reach 1, 1 and 2 far, of the drawn ones 9.5."""
+    found = evaluate.manifold_figures(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.5], [10.0]]), k=1)
+    assert found == pytest.approx({"precision": 1 / 2, "recall": 1, "density": 1, "coverage": 2 / 3})
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    found = evaluate.manifold_figures(x, x + 1e-6)
+    assert found["precision"] == found["recall"] == found["coverage"] == 1
+    assert set(evaluate.manifold_figures(x, x + 100).values()) == {0.0}
+
+
+def test_samples_are_judged(folder, workplace, capsys, monkeypatch):
+    fit(folder, "--conditional", "--levels=2")
+    infer.main(["--evaluate", "--iw_samples=2"])
+    said = capsys.readouterr().out
+    assert "no figures of samples: 40 test images are too few" in said and "cannot be compared" in said
+    path = Path("results/run/evaluation.json")
+    assert json.loads(path.read_text())["frechet_distance"] is None
+    monkeypatch.setattr(evaluate, "FEWEST", 20)
+    monkeypatch.setattr(evaluate, "WORST_JUDGE", 2)
+    infer.main(["--evaluate", "--iw_samples=2"])
+    assert "the judge is right on" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "WORST_JUDGE", 0)
+    cache, = Path("data/cache").glob("judge_*.pt")
+    first = cache.read_bytes()
+    infer.main(["--evaluate", "--iw_samples=2"])
+    measured = json.loads(path.read_text())
+    assert cache.read_bytes() == first and measured["samples_judged"] == 40
+    for suffix in ("", "_model_prior"):
+        assert measured["frechet_distance" + suffix] > 0 and 0 <= measured["class_accuracy" + suffix] <= 1
+    assert measured["frechet_distance"] != measured["frechet_distance_model_prior"]
+    assert measured["prior"].startswith("a ") and 0 <= measured["coverage"] <= 1
+    cache.write_bytes(b"cut short")
+    infer.main(["--evaluate", "--iw_samples=2"])
+    again = json.loads(path.read_text())
+    assert cache.read_bytes() == first and again == measured  # trained again, to the same bit
+    # samples that are the test images themselves
+    net, _ = infer.restore("checkpoints/run/best.pt")
+    everything = data.load(str(folder), "data", None, 2)
+    order = torch.randperm(40, generator=utils.stream("quality"))
+    images, labels = everything.test.batch(order)
+    place = iter([0])
+
+    def sample(n, asked, generator=None, fitted=False):
+        first = next(place)  # one batch
+        assert torch.equal(asked, labels[first:first + n])
+        return images[first:first + n], images[first:first + n].float()
+    monkeypatch.setattr(net, "sample", sample)
+    judge = evaluate.cached_judge(data.load(str(folder), "data"), 10, Path("data/cache"))
+    real, _ = evaluate.judged(judge, [images.float()])
+    perfect = evaluate.sample_quality(net, everything, judge, Namespace(seed=1), False, order, real)
+    assert perfect["frechet_distance"] == pytest.approx(0, abs=1e-4)
+    assert perfect["coverage"] == perfect["precision"] == perfect["recall"] == 1
+
+
+def test_without_a_likelihood_it_says_how_to_get_one(folder, workplace, capsys):
+    fit(folder, epochs=1)
+    infer.main(["--evaluate"])
+    said = capsys.readouterr().out
+    assert "no NLL: mse is no likelihood of discrete pixels; train with --recon_loss logistic" in said
+
+
+@pytest.mark.slow
+def test_the_judge_of_mnist_recognises_its_test_images():
+    root = HERE / "data"
+    if not (root / "MNIST").exists():
+        pytest.skip("MNIST is not in data/")
+    grey = data.load("mnist", root, download=False)
+    judge = evaluate.train_judge(grey, 10)
+    order = torch.arange(10_000)
+    for shown in (lambda x: x / 255, lambda x: (x > 127).float()):
+        _, seen = evaluate.judged(judge, (shown(grey.test.batch(index)[0]) for index in order.split(1000)))
+        assert (seen == grey.test.labels).double().mean() > 0.985

@@ -77,9 +77,8 @@ def test_the_explorer_has_a_slider_for_many_classes():
     matplotlib.use("Agg")
     seen, names = [], [f"class number {i}" for i in range(30)]
     window = figures.Explorer("title", lambda z, label: seen.append(label) or torch.zeros(1, 8, 8),
-                              lambda: torch.ones(2), (torch.zeros(2), 4), [1, 0], torch.zeros(2),
-                              torch.ones(2), torch.zeros(5, 2), torch.zeros(5, dtype=torch.long), names,
-                              torch.zeros(2), torch.eye(2), names)
+                              lambda label: torch.ones(2), (torch.zeros(2), 4), [1, 0], torch.zeros(5, 2),
+                              torch.zeros(5, dtype=torch.long), names, torch.zeros(2), torch.eye(2), names)
     assert seen[-1] == 4
     window.chooser.set_val(17)
     assert seen[-1] == window.label == 17 and "17" in window.class_axis.get_title()

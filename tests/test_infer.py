@@ -1,5 +1,6 @@
 """Tests of infer.py."""
 
+import json
 import math
 import os
 import re
@@ -44,7 +45,8 @@ def test_without_a_file_it_is_the_newest_checkpoint(folder, workplace, capsys):
     capsys.readouterr()
     for argv in ([], ["--ckpt"]):
         infer.main([*argv, "--only", "samples"])
-        assert capsys.readouterr().out.splitlines() == [str(Path("results/newest/samples.png"))]
+        assert capsys.readouterr().out.splitlines() == [str(Path("results/newest", name))
+                                                        for name in ("samples.png", "samples_prior.png")]
 
 
 @pytest.mark.parametrize("flags", [["--loss_mode=ae", "--model=cnn"],
@@ -58,7 +60,7 @@ def test_infer_twice_is_the_same_to_the_byte(folder, workplace, flags):
     assert pictures[0] == pictures[1]
     expected = {"samples.png", "reconstructions.png", "interpolations.png", "latents.png", "traversals.png",
                 "nearest.png", "progress.gif"}
-    expected |= set() if "--loss_mode=ae" in flags else {"units.png"}
+    expected |= set() if "--loss_mode=ae" in flags else {"units.png", "samples_prior.png"}
     expected |= {"manifold.png"} if "--latent_size=2" in flags else set()
     expected |= {"samples_drawn.png"} if any("levels" in flag for flag in flags) else set()
     assert set(pictures[0]) == expected
@@ -70,11 +72,14 @@ def test_infer_conditional_draws_only_the_classes_asked_for(folder, workplace, c
     decode = model.ConditionalVAE.decode
     monkeypatch.setattr(model.ConditionalVAE, "decode", lambda self, z, labels: seen.append((z, labels)) or
                         decode(self, z, labels))
-    infer.main(["--only", "classes", "--classes", "3", "7"])
-    z, labels = seen[0]
-    assert labels.view(2, -1).tolist() == [[3] * 10, [7] * 10] and torch.equal(z[:10], z[10:])
+    for prior in ("model", "fitted"):
+        infer.main(["--only", "classes", "--classes", "3", "7", "--prior", prior])
+        z, labels = seen[-1]
+        assert labels.view(2, -1).tolist() == [[3] * 10, [7] * 10]
+        # the same noise; the mixture turns it into other latents for each class
+        assert torch.equal(z[:10], z[10:]) == (prior == "model")
     infer.main(["--only", "samples", "--classes", "3", "7", "--num_samples", "9"])
-    assert set(seen[1][1].tolist()) == {3, 7}
+    assert set(seen[-1][1].tolist()) == set(seen[-2][1].tolist()) == {3, 7}
     infer.main([])
     capsys.readouterr()
     assert outcome(infer.main, ["--classes", "11"], capsys) == \
@@ -87,7 +92,8 @@ def test_infer_without_the_dataset_draws_what_needs_none(folder, workplace, caps
     fit(copy)
     shutil.rmtree(copy)
     infer.main(["--results_dir", "elsewhere"])
-    assert {path.name for path in (workplace / "elsewhere/run").iterdir()} == {"samples.png", "progress.gif"}
+    assert {path.name for path in (workplace / "elsewhere/run").iterdir()} == \
+        {"samples.png", "samples_prior.png", "progress.gif"}
     said = capsys.readouterr().err
     assert "left out reconstructions" in said and "images" in said
 
@@ -95,7 +101,8 @@ def test_infer_without_the_dataset_draws_what_needs_none(folder, workplace, caps
 def test_infer_follows_its_flags(folder, workplace, capsys):
     fit(folder, "--results_dir=mine")
     shutil.move("mine", "results")
-    infer.main(["--only", "samples", "--temperature", "0", "--num_samples", "4"])
+    infer.main(["--only", "samples", "--temperature", "0", "--num_samples", "4", "--prior", "model"])
+    assert not Path("mine/run/samples_prior.png").exists()
     with Image.open("mine/run/samples.png") as image:  # beside the training's own results
         cells = np.asarray(image)[..., 0]
     half = image.width // 59 * 29  # two images of 28 pixels and three lines, enlarged
@@ -203,9 +210,9 @@ def test_interpolations_go_between_classes_on_the_line_and_on_the_sphere(folder,
     lines.clear()
     fit(folder, "--loss_mode=ae")  # around the middle of its latents
     infer.main(["--only", "interpolations"])
-    middle = encoded(folder)[0].fitted.mean
+    middle, spread = encoded(folder)[0].fitted.mean_and_std()
     assert middle.abs().max() > 0.01
-    torch.testing.assert_close(lines[0], (taken[0][1][0] - middle, taken[1][1][0] - middle))
+    torch.testing.assert_close(lines[0], tuple((part[1][0] - middle) / spread for part in taken))
 
 
 def test_nearest_are_the_nearest_training_images(folder, workplace, drawn):
@@ -237,6 +244,8 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
         fit(folder, *flags)
         shutil.move("checkpoints/run", f"checkpoints/{name}")
     files = [f"checkpoints/{name}/best.pt" for name in "abc"]
+    Path("results/run/evaluation.json").write_text(
+        json.dumps({"ckpt": files[0], "frechet_distance": 1.5, "coverage": 0.25}))
     infer.main(["--compare", "--ckpt", *files])
     captions = [column[0][1:] for column in drawn["compare"][2]]
     assert captions == [[f"latent_size {size}", f"loss_mode {mode}", f"seed {seed}"]
@@ -251,6 +260,8 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
         if file == files[1]:
             means = net.embed(images)
             assert values["active units"] == str(int((means.var(0, correction=0) > 0.01).sum()))
+    assert [values["frechet distance"] for values in table] == ["1.50", "–", "–"]
+    assert table[0]["coverage"] == "0.25"
     assert table[2]["val KL, nats"] == table[2]["active units"] == "–" != table[0]["active units"]
     assert "val bits/dim" not in table[0] and [*table[0]] == [*table[2]]  # squared errors: none has them
     # the same test images in all of them, above the reconstructions
@@ -284,10 +295,10 @@ def test_the_explorer_follows_its_widgets(folder, workplace, monkeypatch, flags)
     def matches():  # what is seen is what the decoder makes of the latent
         label = None if window.label is None else torch.tensor([window.label])
         with torch.no_grad():
-            image = subject.model.mean_images(window.z[None], label)[0, 0]
+            image = subject.model.mean_images(subject.model.from_base(window.z[None], label), label)[0, 0]
         return torch.allclose(image, shown(), atol=1e-5)
     first, start = shown(), window.z.clone()
-    assert matches() and torch.equal(start, subject.codes.z[0])
+    assert matches() and torch.equal(start, subject.codes.base[0])
     assert window.dimensions == subject.codes.order[:10].tolist()
     window.sliders[0].set_val(window.sliders[0].valmax)
     moved = window.z != start

@@ -143,7 +143,7 @@ def test_collapse_is_reported(folder, workplace, capsys):
     said = capsys.readouterr().out
     assert "collapsed" in said and all(flag in said for flag in ("--beta_mode linear", "--target_beta_val",
                                                                  "--free_bits"))
-    fit(folder, "--target_beta_val=1000", "--flow=1")
+    fit(folder, "--target_beta_val=1000", "--prior=flow")
     said = capsys.readouterr().out
     assert "collapsed" in said and "--free_bits" not in said  # which does not go with it
     fit(folder, "--target_beta_val=0.01", "--free_bits=1", epochs=5)
@@ -170,7 +170,7 @@ def test_several_seeds(folder, workplace, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    "--model=mlp --levels=2 --binarize=stochastic --precision=fp32 --flow=1 --warp=0.4",
+    "--model=mlp --levels=2 --binarize=stochastic --prior=flow --beta_mode=linear --warp=0.4",
     "--model=cnn --conditional --beta_mode=linear --precision=bf16 --lr_schedule=cosine --ema=0.9",
     "--model=resnet --loss_mode=ae --ema=0.99 --flip --optimizer=muon",
     "--model=mlp --free_bits=0.2 --beta_mode=cyclical --grad_clip=50 --weight_decay=0.01 --precision=bf16",
@@ -231,11 +231,11 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
     for seed in (4, 5, 6):
         assert_same_runs(*((workplace / "results" / name / f"seed_{seed}",
                             workplace / "checkpoints" / name / f"seed_{seed}") for name in ("whole", "cut")))
-    before_last = runs.load_checkpoint("checkpoints/whole/seed_6/last.pt")
+    before_best = runs.load_checkpoint("checkpoints/whole/seed_6/best.pt")
     Path("checkpoints/whole/seed_6/last.pt").unlink()  # as if it had been killed between its first two files
     Path("results/whole/seed_6/test.json").unlink()
     train.main(argv("whole"))
-    assert same(runs.load_checkpoint("checkpoints/whole/seed_6/best.pt"), before_last)
+    assert same(runs.load_checkpoint("checkpoints/whole/seed_6/best.pt"), before_best)
     assert Path("results/cut/seeds.csv").read_text() == Path("results/whole/seeds.csv").read_text()
     # One of them goes on alone.
     shutil.copytree("checkpoints/cut/seed_5", "checkpoints/solo")
