@@ -384,7 +384,7 @@ def cholesky(covariance, mean):
     return torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean)).to(covariance))
 
 
-def fit_mixture(latents, labels=None, num_classes=1, components=50):
+def fit_mixture(latents, labels=None, num_classes=1, components=30):
     """Fit a mixture of up to so many Gaussians to the latents of each class, by expectation-maximisation.
 
     latents: [N, D], on the CPU; labels: [N], of a conditional model; computed in float64
@@ -418,7 +418,7 @@ def fit_mixture(latents, labels=None, num_classes=1, components=50):
     return mixture
 
 
-def expectation_maximisation(z, components, steps=40):
+def expectation_maximisation(z, components, steps=15):
     """Fit a mixture of K Gaussians to whitened z [N, D], float64 (Dempster et al. 1977), from the clusters of
     k-means. Deterministic.
 

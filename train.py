@@ -288,7 +288,7 @@ def fit_best(state, data, args, path, after_step):
 
     def fit():
         latents = []
-        n = len(data.train) if args.latent_size > 128 else min(len(data.train), 2**20 // args.latent_size)
+        n = len(data.train) if args.latent_size > 128 else min(len(data.train), 2**19 // args.latent_size)
         for block, index in enumerate(torch.arange(n).split(1024)):
             images, labels = data.train.batch(index, args.seed, "binarize", "mixture", block)
             noise = normal((len(index), args.latent_size), args.device, args.seed, "noise", "mixture", block)

@@ -363,6 +363,6 @@ def test_a_class_without_test_images_and_a_name_with_a_dollar(workplace, capsys)
     said = capsys.readouterr().err
     assert said.count("no test image is of these classes") == len(infer.NEED_DATA)
     assert {path.name for path in Path("results/run").glob("[c-z]*.png")} - {"curves.png"} == {
-        "samples.png", "samples_001.png", "classes.png", "reconstructions_001.png"}
+        "samples.png", "samples_prior.png", "samples_001.png", "classes.png", "reconstructions_001.png"}
     infer.main([])
     assert Path("results/run/latents.png").exists()
