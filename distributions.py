@@ -203,6 +203,7 @@ class StandardNormal(nn.Module):
     """N(0, I), the prior of a VAE (Kingma & Welling 2014)."""
 
     description = "the prior N(0, I)"
+    base_name = "in the latent space"  # where N(0, I) is, for captions
 
     def __init__(self, latent_size, layers=0, num_classes=0):
         super().__init__()
@@ -272,6 +273,7 @@ class Flow(nn.Module):
     """
 
     description = "the trained flow prior"
+    base_name = "in the flow's base space"
 
     def __init__(self, latent_size, layers, num_classes=0):
         super().__init__()
@@ -333,6 +335,8 @@ class Mixture(nn.Module):
     weights: [C, K]; means: [C, K, D]; scales: [C, K, D, D], the Cholesky factors of the covariances
     It has no inverse. The last number of its noise chooses the component, so noise_size is D + 1.
     """
+
+    base_name = "after scaling the latents to variance 1"  # see AE.to_base
 
     def __init__(self, weights, means, scales):
         super().__init__()

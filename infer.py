@@ -73,6 +73,7 @@ class Subject:
                             + " (a trained prior needs none)" * (self.trained["prior"] == "flow"))
         self.fitted = self.model.fitted is not None and self.args.prior != "model"
         self.prior_name = self.model.sampling_prior(self.fitted).description
+        self.base_name = self.model.sampling_prior().base_name
         if self.args.temperature != 1:
             self.prior_name += f", temperature {self.args.temperature:g}"
 
@@ -80,12 +81,6 @@ class Subject:
         """Write a picture with draw(path, caption, *content)."""
         draw(self.folder / name, f"{self.trained['log_dir']}: {caption}", *content)
         print(self.folder / name)
-
-    @property
-    def base_name(self):
-        """What the base space of the prior is (see AE.to_base)."""
-        return {None: "after scaling the latents to variance 1", "normal": "in the latent space",
-                "flow": "in the flow's base space"}[self.trained["prior"] if self.model.prior else None]
 
     @cached_property
     def classes(self):
