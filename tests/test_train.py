@@ -404,7 +404,10 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(folder, t
             "stochastic", "--batch_size", "1", "--epochs", "8", "--save_every", "0.02"]
 
     def to_its_end(name, *words):
-        assert ended(begin(f"{name}.txt", train.main, *words), f"{name}.txt")[::2] == (0, "")
+        status, _, error = ended(begin(f"{name}.txt", train.main, *words), f"{name}.txt")
+        assert status == 0
+        # Other work on the machine may have made steps slow: that line is right, any other is not.
+        assert all(line.startswith("steps take") for line in error.splitlines()), error
 
     def killed_ten_times(name):
         moments, within, words = random.Random(name), 0, [*argv, "--log_dir", name]
