@@ -2,7 +2,7 @@
 decoded once, into a cache of plain .npy files.
 
 To add a dataset of torchvision, add a line to NAMED. To add another source, write a function such as
-read_glyphs, and call it in data.load.
+read_glyphs, add its name to DATASETS, and call it in data.load.
 """
 
 import contextlib

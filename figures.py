@@ -3,7 +3,8 @@
 Each function writes one file. Images are [N, C, H, W] in [0, 1]. matplotlib and Pillow are imported only when
 something is drawn, because that takes most of a second.
 
-To add a picture, write a function here that draws tensors, and one in infer.py that makes them.
+To add a picture, write a function here that draws tensors, and one in infer.py that makes them, in its
+PICTURES (and NEED_DATA). Add its file name to FILES in runs.py, so that --overwrite deletes it.
 """
 
 import math

@@ -1,4 +1,6 @@
-"""A run on disk: its folders and locks, checkpoint files, the log, signals. Independent of the model."""
+"""A run on disk: its folders and locks, checkpoint files, the log, signals. Independent of the model: how a
+run begins, resumes and stops is in train.py.
+"""
 
 import contextlib
 import io

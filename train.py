@@ -270,7 +270,9 @@ def with_ranking_loss(args, terms):
 
 
 def is_best(row, state):
-    """Whether this epoch has the lowest validation loss so far; then it becomes best.pt."""
+    """Whether this epoch has the lowest validation loss so far; then it becomes best.pt. The loss is that of
+    with_ranking_loss.
+    """
     return row["val_loss"] < state.best
 
 
@@ -319,7 +321,7 @@ def test_best(state, data, args, checkpoints, after_step):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# How a run begins
+# How a run begins, or goes on after it was killed
 
 def begin_or_resume(args, data, checkpoint):
     """→ the State of a new run, or that of the checkpoint"""

@@ -155,7 +155,7 @@ def stream_seed(*key):
 
 
 def stream(*key, device="cpu"):
-    """A new generator for one purpose, such as stream(seed, "noise", step); on the CPU unless the device is
+    """A new generator for one purpose, such as stream(seed, "order", epoch); on the CPU unless the device is
     CUDA.
     """
     device = torch.device(device)
