@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from cli import UserError
-from datasets import DATASETS, grayscale, read_folder, read_glyphs, read_named, resize
+from datasets import DATASETS, grayscale, read_glyphs, read_named, resize
+from files import ARRAYS, read_own, read_paths
 from utils import stream, stream_seed, to_device
 
 
@@ -21,12 +22,14 @@ class Split:
     labels: int64 [N], on the device where batches go
     levels: the number of values of a pixel in a batch: 2, 16 or 256
     stochastic: whether pixels of levels 0 and 1 are drawn anew each time that an image is seen
+    names: bytes [M], of the files of the stored images, or None
     """
     stored: torch.Tensor
     rows: torch.Tensor
     labels: torch.Tensor
     levels: int
     stochastic: bool = False
+    names: np.ndarray | None = None
 
     def __len__(self):
         return len(self.rows)
@@ -71,14 +74,15 @@ class Data:
 
 
 def load(dataset, data_dir="data", image_size=None, levels=256, binarize="threshold", transform="none",
-         limit=None, device="cpu", download=True, progress_bar=False):
+         limit=None, device="cpu", download=True, progress_bar=False, value_range=None):
     """Read a dataset. Large ones are mapped into memory, not read into it.
 
-    dataset: a name in DATASETS, or the path of a folder of images
+    dataset: a name in DATASETS, or the path of a folder of images or of an array file (.npy, .npz)
     image_size: (H, W) to which images are resized and centre-cropped; None keeps their size
     levels: 256 as stored, 16 (4-bit), or 2; binarize: threshold (> 0.5) or stochastic, for 2 levels
     transform: none, grayscale (one channel) or grayscale3 (the same in three channels)
     limit: keep the first so many images of the training split
+    value_range: of a folder or an array file, the values that become black and white
     → Data. Raises UserError if the dataset cannot be read.
     """
     data_dir = Path(data_dir)
@@ -92,10 +96,14 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
         crc32 = 0
         for array in (*train, *test):
             crc32 = zlib.crc32(array, crc32)
+        splits = split(train, None, test, levels, limit)
     else:
-        train, test, classes, crc32 = read_folder(Path(dataset), data_dir, image_size, transform,
-                                                  progress_bar)
-    splits = split(train, test, levels, limit)
+        parts, classes, crc32, ends, fix = read_own(Path(dataset), data_dir, image_size, transform,
+                                                    value_range, progress_bar)
+        if len(quantize(torch.tensor(ends, dtype=torch.uint8), levels).unique()) < 2:
+            raise UserError(f"{dataset}: every pixel would have the same of {levels} levels; {fix}")
+        train = parts[0]
+        splits = split(*(part if len(part[0]) else None for part in parts), levels, limit)
     if not all(map(len, splits)):
         raise UserError(f"{dataset}: {' + '.join(str(len(part)) for part in splits)} images for training, "
                         "validation and test; each needs at least one, so give it ten or more")
@@ -105,21 +113,42 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     return Data(*on_device(splits, torch.device(device)), tuple(train[0].shape[1:]), levels, classes, crc32)
 
 
-def split(train, test, levels, limit):
-    """Arrays (images, labels) → the training, validation and test split. A random tenth of the training
-    images is for validation; if there are no test images, another tenth is for the test.
+def dataset_problem(name):
+    """Why `load` cannot read a dataset of this name, or None"""
+    path = Path(name)
+    if name in DATASETS or name and (path.is_dir() or path.is_file() and path.suffix.lower() in ARRAYS):
+        return None
+    return f"{name!r} is neither one of {', '.join(DATASETS)} nor a folder nor an array file (.npy, .npz)"
+
+
+def split(train, val, test, levels, limit):
+    """Arrays (images, labels) → the training, validation and test split. Without validation images (None) a
+    random tenth of the training images is taken for them, and without test images another tenth.
     """
-    (images, labels), (test_images, test_labels) = (map(torch.from_numpy, part) for part in (train, test))
+    images, labels = map(torch.from_numpy, train[:2])
+    names = train[2] if len(train) > 2 else None
     # One permutation for all runs, so that the validation figures of all seeds are about the same images.
     order, tenth = torch.randperm(len(images), generator=torch.Generator().manual_seed(42)), len(images) // 10
-    test_rows = torch.arange(len(test_images))
-    if not len(test_images):
-        test_images, test_labels = images, labels
-        order, test_rows = order[:len(order) - tenth], order[len(order) - tenth:]
-    order, val_rows = order[:len(order) - tenth], order[len(order) - tenth:]
-    return [Split(images, order[:limit], labels[order[:limit]], levels),
-            Split(images, val_rows, labels[val_rows], levels),
-            Split(test_images, test_rows, test_labels[test_rows], levels)]
+    if tenth < 1000:  # so few that chance could leave a class out
+        order = in_proportion(order, labels)
+    splits = []
+    for part in (test, val):
+        if part is None:
+            order, rows = order[:len(order) - tenth], order[len(order) - tenth:]
+            splits.append(Split(images, rows, labels[rows], levels, names=names))
+        else:
+            splits.append(Split(torch.from_numpy(part[0]), torch.arange(len(part[0])),
+                                torch.from_numpy(part[1]), levels, False, *part[2:]))
+    return [Split(images, order[:limit], labels[order[:limit]], levels, names=names), *reversed(splits)]
+
+
+def in_proportion(order, labels):
+    """The indices `order`, moved so that any stretch of them has images of each class in proportion."""
+    place = torch.empty(len(order), dtype=torch.float64)
+    for label in labels.unique():
+        here = labels[order] == label
+        place[here] = (torch.arange(int(here.sum()), dtype=torch.float64) + 0.5) / here.sum()
+    return order[place.argsort(stable=True)]
 
 
 def on_device(splits, device):
@@ -137,7 +166,17 @@ def fixed_draw(split, name):
     """A stochastic binarisation of a split that is drawn once and never changes, in memory."""
     everything = torch.arange(len(split))
     levels, labels = replace(split, stochastic=True).batch(everything, 42, "binarize", name)
-    return Split(255 * levels, everything, labels, split.levels)
+    names = None if split.names is None else split.names[split.rows.cpu()]
+    return Split(255 * levels, everything, labels, split.levels, names=names)
+
+
+def own_images(paths, shape, levels, value_range, device):
+    """Image files, folders of them or .npy files of any size, brought to the shape (C, H, W) of a model
+    → a Split without classes, whose labels are 0. Raises UserError if one cannot be read.
+    """
+    images, names = read_paths(paths, shape, value_range)
+    return Split(torch.from_numpy(images), torch.arange(len(images)),
+                 torch.zeros(len(images), dtype=torch.long, device=device), levels, names=names)
 
 
 # ------------------------------------------------------------------------------------------------------------

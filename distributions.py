@@ -62,12 +62,16 @@ class Gaussian(nn.Module):
         self.levels = levels
         self.log_scale = nn.Parameter(torch.tensor(-1.0))
 
+    @property
+    def bounded_log_scale(self):
+        """Between 1 / (2 levels) and 20, so that exp neither overflows nor vanishes."""
+        return self.log_scale.clamp(-math.log(2 * self.levels), 3)
+
     def channels(self, image_channels):
         return image_channels
 
     def loss(self, params, images):
-        # between half a level and 20, so that exp neither overflows nor vanishes
-        log_scale = self.log_scale.clamp(-math.log(2 * self.levels), 3)
+        log_scale = self.bounded_log_scale
         squares = (params.tanh() - normalize(images, self.levels, params.dtype)) ** 2
         return (0.5 * torch.exp(-2 * log_scale) * squares + log_scale
                 + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
@@ -77,7 +81,7 @@ class Gaussian(nn.Module):
 
     def draw(self, params, generator=None):
         noise = torch.randn(params.shape, generator=generator).to(params.device)
-        x = params.tanh() + self.log_scale.exp() * noise
+        x = params.tanh() + self.bounded_log_scale.exp() * noise
         return nearest_levels((x + 1) / 2, self.levels)
 
 
@@ -193,7 +197,11 @@ def nearest_levels(images, levels):
 
 LIKELIHOODS = {"mse": SquaredError, "gaussian": Gaussian, "bce": Bernoulli, "categorical": Categorical,
                "logistic": DiscretizedLogistic}
-DEFAULT_LIKELIHOOD = {2: "bce", 16: "categorical", 256: "mse"}  # by the number of levels
+
+
+def default_likelihood(levels, is_vae):
+    """The name of the likelihood for images of so many levels"""
+    return {2: "bce", 16: "categorical", 256: "gaussian" if is_vae else "mse"}[levels]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,6 +210,7 @@ DEFAULT_LIKELIHOOD = {2: "bce", 16: "categorical", 256: "mse"}  # by the number 
 class StandardNormal(nn.Module):
     """N(0, I), the prior of a VAE (Kingma & Welling 2014)."""
 
+    wants_mixture = True  # whether samples are better from a mixture that is fitted after training
     description = "the prior N(0, I)"
     base_name = "in the latent space"  # where N(0, I) is, for captions
 
@@ -272,6 +281,7 @@ class Flow(nn.Module):
     num_classes: of a conditional model, whose prior is another one for each class; 0 for any other
     """
 
+    wants_mixture = False
     description = "the trained flow prior"
     base_name = "in the flow's base space"
 
@@ -364,6 +374,8 @@ class Mixture(nn.Module):
         """N(0, I) → z, [n, D + 1] → [n, D]"""
         labels = noise.new_zeros(len(noise), dtype=torch.long) if len(self.weights) == 1 else labels
         edges = self.weights.cumsum(1)[:, :-1]
+        # the last component of a class that has fewer than K takes what rounding has left of the sum
+        edges = edges.where(self.weights.flip(1).cumsum(1).flip(1)[:, 1:] > 0, torch.inf)
         u = torch.special.ndtr(noise[:, -1:])
         component = (u > edges[labels]).sum(1)
         z = torch.empty_like(noise[:, :-1])
@@ -388,12 +400,12 @@ def cholesky(covariance, mean):
     return torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean)).to(covariance))
 
 
-def fit_mixture(latents, labels=None, num_classes=1, components=30):
+def fit_mixture(latents, labels=None, num_classes=1, components=50):
     """Fit a mixture of up to so many Gaussians to the latents of each class, by expectation-maximisation.
 
     latents: [N, D], on the CPU; labels: [N], of a conditional model; computed in float64
-    At most n / (10 D) components for the n latents of a class, and at least one; one above 128 dimensions. If
-    a class has fewer than 10 D latents, all classes get one Gaussian with a common covariance.
+    At most n / (10 D) components for the n latents of a class, and at least one; one above 128 dimensions. A
+    class with fewer than 10 D latents gets one Gaussian with the covariance within all classes.
     → a Mixture in float32, on the CPU. Raises FloatingPointError if a latent is not finite.
     """
     (n, size), z = latents.shape, latents.double()
@@ -401,8 +413,7 @@ def fit_mixture(latents, labels=None, num_classes=1, components=30):
         raise FloatingPointError
     labels = torch.zeros(n, dtype=torch.long) if labels is None else labels
     classes = [z[labels == label] for label in range(num_classes)]
-    few = min(map(len, classes)) < 10 * size
-    most = 1 if few or size > 128 else min(components, max(map(len, classes)) // (10 * size))
+    most = 1 if size > 128 else max(1, min(components, max(map(len, classes)) // (10 * size)))
     mixture = Mixture(torch.zeros(num_classes, most), torch.zeros(num_classes, most, size),
                       torch.eye(size).repeat(num_classes, most, 1, 1))
     # a class without an image gets the mean of all
@@ -410,6 +421,7 @@ def fit_mixture(latents, labels=None, num_classes=1, components=30):
     centred = [latents - centre for latents, centre in zip(classes, centres)]
     common = cholesky(sum(latents.T @ latents for latents in centred) / n, z.mean(0))
     for label, (centre, latents) in enumerate(zip(centres, centred)):
+        few = len(latents) < 10 * size
         k = min(most, max(1, len(latents) // (10 * size)))
         scale = common if few else cholesky(latents.T @ latents / len(latents), centre)
         weights, means, scales = torch.ones(1), torch.zeros(1, size), torch.eye(size, dtype=z.dtype)[None]
@@ -422,9 +434,14 @@ def fit_mixture(latents, labels=None, num_classes=1, components=30):
     return mixture
 
 
-def expectation_maximisation(z, components, steps=15):
+def enough_latents(size):
+    """How many latents of D dimensions a mixture of each class is fitted to, so that it takes seconds."""
+    return max(int(2**17 / (2 * size) ** 0.5), 20 * size)
+
+
+def expectation_maximisation(z, components, steps=15, gain=1e-3):
     """Fit a mixture of K Gaussians to whitened z [N, D], float64 (Dempster et al. 1977), from the clusters of
-    k-means. Deterministic.
+    k-means, until a step gains less than so many nats a latent. Deterministic.
 
     → weights [K], means [K, D], Cholesky factors of the covariances [K, D, D]
 
@@ -452,7 +469,7 @@ def expectation_maximisation(z, components, steps=15):
                 total = log_joint.logsumexp(1, keepdim=True)
                 share, log_likelihood = (log_joint - total).exp(), log_likelihood + total.sum().item() / n
             sums = sums + share.T @ numbers
-        if parameters is not None and log_likelihood - before < 1e-3:
+        if parameters is not None and log_likelihood - before < gain:
             break
         before = log_likelihood if parameters is not None else before
         counts = sums[:, -1:].clamp_min(1e-9)

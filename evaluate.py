@@ -6,6 +6,7 @@ import math
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from data import warp
 from model import VAE, ConditionalVAE
 from runs import atomic_write
-from utils import active_units, elbo_to_bpd, mean_and_covariance, normal, stream
+from utils import active_units, elbo_to_bpd, mean_and_covariance, normal, stream, to_device
 
 FIGURES = ("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples", "active_units",
            "squared_error", "psnr", "pca_squared_error", "images")
@@ -40,8 +41,9 @@ def evaluate(model, data, args):
     with tqdm(total=len(order), desc="evaluating", unit=" images", disable=None) as bar:
         for which, index in enumerate(order.split(max(1, model.max_batch // k))):
             images, labels = data.test.batch(index)
-            embedded.append(model.embed(images, labels))
-            params = None if has_elbo else model.decode(embedded[-1], labels)
+            z = model.embed(images, labels)
+            embedded.append(model.to_base(z, labels))
+            params = None if has_elbo else model.decode(z, labels)
             parts.append(vae_terms(model, images, labels, k, args, which) if isinstance(model, VAE) else
                          {"rec": model.likelihood.loss(params, images)})
             if not has_elbo:
@@ -53,7 +55,7 @@ def evaluate(model, data, args):
     if isinstance(model, VAE):
         measured["kl"] = each["kl"].mean().item()
         if len(order) >= 20:  # fewer are too few for a variance
-            measured["active_units"] = active_units(torch.cat(embedded))
+            measured["active_units"] = active_units(torch.cat(embedded))  # in the base space
     if has_elbo:
         neg_elbo = measured["rec"] + measured["kl"]
         error = each["iw_nll"].std().item() / math.sqrt(len(order)) if len(order) > 1 else None
@@ -63,6 +65,35 @@ def evaluate(model, data, args):
     return measured | {"squared_error": error,
                        "psnr": -10 * math.log10(error / math.prod(model.shape)) if error else None,
                        "pca_squared_error": pca_squared_error(data, order, model.latent_size)}
+
+
+def each_image(model, split, args, draws=16):
+    """Figures of each of the N images of a split, in NumPy by name:
+
+    label: the number of the class; z [N, D]: of a VAE the posterior's mean, and std [N, D]: its standard
+        deviation
+    kl: of q(z|x) from the prior, nats; loss: −log p(x|z) + kl, the mean over so many draws of z. That is the
+        −ELBO, in nats, unless the likelihood is none (mse, and bce of grey images). An AE has no std and kl.
+    squared_error: of the reconstruction of z, summed over pixels in [0, 1]
+    """
+    parts = []
+    everything = torch.arange(len(split))
+    with tqdm(total=len(split), desc="exporting", unit=" images", disable=None) as bar:
+        for which, index in enumerate(everything.split(max(1, model.max_batch // draws))):
+            images, labels = split.batch(index, args.seed, "export", which)
+            code = model.encode(images, labels)
+            z = code[0] if isinstance(model, VAE) else code
+            params = model.decode(z, labels)
+            error = images / (split.levels - 1) - model.likelihood.mean(params)
+            part = {"label": labels, "z": z, "squared_error": error.square().flatten(1).sum(1)}
+            if isinstance(model, VAE):
+                terms = vae_terms(model, images, labels, draws, args, which)
+                part |= {"std": code[1].exp(), "kl": terms["kl"], "loss": terms["rec"] + terms["kl"]}
+            else:
+                part["loss"] = model.likelihood.loss(params, images)
+            parts.append({name: value.cpu().numpy() for name, value in part.items()})
+            bar.update(len(index))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def vae_terms(model, images, labels, k, args, which):
@@ -132,16 +163,18 @@ def evaluate_samples(model, data, grey, args, folder):
         frechet_distance_model_prior and so on
     frechet_floor: the distance of training images that the judge has not seen from the test images, with
         pixels of as many levels
-    judge_accuracy: on the test images; samples_judged, train_images_judged: how many images were compared
+    judge_accuracy: on the test images, the mean over classes
+    samples_judged, train_images_judged: how many images were compared; of precision, recall, density and
+        coverage at most MOST_COMPARED
     """
     both = model.fitted is not None and model.prior is not None
     names = [*QUALITY, *(f"{name}_model_prior" for name in QUALITY)] if both else QUALITY
     figures = dict.fromkeys(["prior", *names, "frechet_floor", "judge_accuracy", "samples_judged",
                              "train_images_judged"])
     n = min(len(data.test), args.limit or 10_000, 10_000)
-    if not data.classes or n < FEWEST:
-        print("no figures of samples: " + (f"{n:,} test images are too few, {FEWEST:,} are the least"
-                                           if data.classes else "the judge of samples needs classes"))
+    if len(data.classes) < 2 or n < FEWEST:
+        print("no figures of samples: " + ("the judge of samples needs classes" if len(data.classes) < 2 else
+                                           f"{n:,} test images are too few, {FEWEST:,} are the least"))
         return figures
     grey = grey()
     judge, half = cached_judge(grey, len(data.classes), folder), len(grey.train) // 2
@@ -154,7 +187,10 @@ def evaluate_samples(model, data, grey, args, folder):
             yield split.batch(index, *key, block)[0] / (data.levels - 1)
     order = torch.randperm(len(data.test), generator=stream("quality"))[:n]
     real, seen = judged(judge, batches(data.test, order))
-    accuracy = (seen == data.test.labels.cpu()[order]).double().mean().item()
+    classes = data.test.labels.cpu()[order]
+    # the mean over classes: where one is frequent, always naming it would look good
+    accuracy = statistics.mean((seen == label)[classes == label].double().mean().item()
+                               for label in classes.unique())
     if accuracy < WORST_JUDGE:
         print(f"no figures of samples: the judge is right on {accuracy:.0%} of the test images only")
         return figures | {"judge_accuracy": accuracy}
@@ -162,7 +198,8 @@ def evaluate_samples(model, data, grey, args, folder):
     figures |= {"prior": model.sampling_prior(model.fitted is not None).description,
                 "judge_accuracy": accuracy, "frechet_floor": frechet_distance(floor, real),
                 "samples_judged": n, "train_images_judged": len(floor)}
-    for fitted, suffix in ((False, "_model_prior"), (True, "")) if both else ((model.prior is None, ""),):
+    judged_priors = [(False, "_model_prior"), (True, "")] if both else [(model.prior is None, "")]
+    for fitted, suffix in judged_priors:
         quality = sample_quality(model, data, judge, args, fitted, order, real)
         figures |= {name + suffix: value for name, value in quality.items()}
     return figures
@@ -252,7 +289,7 @@ def sample_quality(model, data, judge, args, fitted, order, real):
     generator, drawn, right = stream(args.seed, "quality", fitted), [], []
     conditional = isinstance(model, ConditionalVAE)
     for index in order.split(model.max_batch):
-        labels = data.test.batch(index)[1] if conditional else None
+        labels = data.test.labels[to_device(index, data.test.labels.device)] if conditional else None
         levels, mean = model.sample(len(index), labels, generator=generator, fitted=fitted)
         shown = levels / (data.levels - 1) if model.likelihood.is_discrete else mean
         drawn.append(judge(shown)[0].cpu())
@@ -283,9 +320,11 @@ def manifold_figures(real, drawn, k=NEIGHBOURS):
     density: how many balls of real ones a drawn one lies in, on average, divided by k; it may be above 1
     coverage: the share of balls of real ones in which a drawn one lies
     """
-    distances = torch.cdist(real, drawn)
+    def cdist(a, b):  # through a matrix product, distances near 0 would not be exact
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = cdist(real, drawn)
     # the nearest of all is the point itself
-    radius, other = (torch.cdist(x, x).kthvalue(k + 1, 1).values for x in (real, drawn))
+    radius, other = (cdist(x, x).kthvalue(k + 1, 1).values for x in (real, drawn))
     inside = distances < radius[:, None]
     return {"precision": inside.any(0).double().mean().item(),
             "recall": (distances < other).any(1).double().mean().item(),

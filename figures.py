@@ -39,6 +39,7 @@ def save_picture(path, caption, image):
     image: [3, H, W] in [0, 1]; a small one is enlarged by a whole factor
     """
     from PIL import Image, ImageDraw, ImageFont
+    from PIL.PngImagePlugin import PngInfo
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     scale = math.ceil(640 / pixels.shape[1])
     pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -49,7 +50,9 @@ def save_picture(path, caption, image):
     canvas = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + height), "white")
     canvas.paste(Image.fromarray(pixels), (0, 0))
     ImageDraw.Draw(canvas).multiline_text((8, pixels.shape[0] + 5), text, fill="black", font=font)
-    canvas.save(path)
+    info = PngInfo()
+    info.add_text("Description", caption)  # for the page of the run
+    canvas.save(path, pnginfo=info)
 
 
 def save_grid(path, caption, images, nrow):
@@ -76,7 +79,7 @@ def draw_curves(history, path):
         axis = figure.add_axes([(column + 0.95 / width) / columns, (rows - 1 - row + 0.5 / height) / rows,
                                 (1 - 1.05 / width) / columns, (1 - 0.8 / height) / rows])
         draw_metric(axis, history, key, title)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, metadata={"Description": "the metrics of the run after each epoch"})
 
 
 def draw_metric(axis, history, key, title):
@@ -137,7 +140,7 @@ def labelled_grid(path, title, images, columns, row_labels=None, column_labels=N
     axis.set_yticks([1 + height / 2 + i * (height + 1) for i in range(-(-len(images) // columns))]
                     if row_labels else [], list(map(short, row_labels or [])))
     axis.set_title(textwrap.fill(title, max(24, int(inches[0] * 14))), fontsize=10, loc="left", pad=8)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1, metadata={"Description": title})
 
 
 def latents(path, title, points, labels, names, axes):
@@ -149,7 +152,7 @@ def latents(path, title, points, labels, names, axes):
     scatter(figure.subplots(), points, labels, names)
     figure.axes[0].set(xlabel=axes[0], ylabel=axes[1])
     figure.axes[0].set_title(textwrap.fill(title, 80), fontsize=10, loc="left")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, metadata={"Description": title})
 
 
 def scatter(axis, points, labels, names):
@@ -196,7 +199,7 @@ def units(path, title, kl, active, t, densities):
         axis.set_visible(False)
     right.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
                  frameon=False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, metadata={"Description": title})
 
 
 def progress(path, frames, most=60):
@@ -251,7 +254,7 @@ def compare(path, title, columns):
                 write(left - gap, top, name, ha="right", color="0.3")
             write(left + cell / 2, top, text, ha="center")
             top += line
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, metadata={"Description": title})
 
 
 # ------------------------------------------------------------------------------------------------------------

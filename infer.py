@@ -4,7 +4,6 @@ From Python: `model, checkpoint = restore("checkpoints/NAME/best.pt")`.
 """
 
 import processors  # isort: skip (before torch)
-import contextlib
 import json
 import math
 import re
@@ -19,13 +18,20 @@ import torch
 import cli
 import figures
 from cli import ArgumentParser, UserError, default_device, device_type, number, one_line, run_script
-from data import Data, load
-from datasets import DATASETS
+from data import Data, dataset_problem, load, own_images
 from distributions import Mixture
 from evaluate import evaluate, evaluate_samples, print_figures
+from export import export_latents, export_samples, write_page
 from figures import save_grid, save_picture
 from model import AE, build
-from runs import differing_arguments, find_checkpoint, load_checkpoint, write_json
+from runs import (
+    describe_checkpoint,
+    differing_arguments,
+    find_checkpoint,
+    is_unfinished,
+    load_checkpoint,
+    write_json,
+)
 from utils import active_dimensions, image_grid, interleave, mean_and_covariance, stream, visualize_manifold
 
 
@@ -41,8 +47,8 @@ def restore(path, device="cpu"):
         model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
         if checkpoint["fitted"]:
             model.fitted = Mixture(**checkpoint["fitted"])
-        for name in ("results_dir", "dataset", "data_dir", "image_size", "levels", "binarize", "transform",
-                     "limit"):
+        for name in ("results_dir", "dataset", "data_dir", "image_size", "value_range", "levels", "binarize",
+                     "transform", "limit"):
             checkpoint["args"][name]  # raises KeyError if it is missing
         checkpoint["data"]["images"], checkpoint["data"]["crc32"], checkpoint["epoch"], checkpoint["history"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -79,7 +85,8 @@ class Subject:
 
     def save(self, name, draw, caption, *content):
         """Write a picture with draw(path, caption, *content)."""
-        draw(self.folder / name, f"{self.trained['log_dir']}: {caption}", *content)
+        unfinished = f", unfinished, epoch {self.checkpoint['epoch']}" * is_unfinished(self.checkpoint)
+        draw(self.folder / name, f"{self.trained['log_dir']}{unfinished}: {caption}", *content)
         print(self.folder / name)
 
     @cached_property
@@ -95,6 +102,12 @@ class Subject:
         if unknown:
             raise UserError(f"--classes: there is no {', '.join(unknown)}, only {', '.join(names)}")
         return torch.tensor([label[name] for name in asked or names], device=self.args.device)
+
+    def few_classes(self, picture, most=32):
+        """The first of `classes`, int64 [n]; a line says how many are left out of a picture."""
+        if len(self.classes) > most:
+            print(f"{picture}: the first {most} of {len(self.classes):,} classes; --classes names others")
+        return self.classes[:most]
 
     def shuffled(self, purpose):
         """The indices of the test images (of the chosen classes) in a random order, int64 [n]"""
@@ -183,8 +196,8 @@ def samples(subject):
     if subject.fitted and subject.model.prior is not None:
         _, plain, _ = subject.sample(n, "samples", fitted=False)
         subject.save("samples_prior.png", save_grid, f"samples from {subject.model.prior.description}: mean "
-                     "images. Those of samples.png are better, because the latents of all images together "
-                     "are not distributed as N(0, I)", plain, columns)
+                     "images. Those of samples.png come from a mixture, because the latents of all images "
+                     "together are not distributed as N(0, I)", plain, columns)
     if subject.model.likelihood.is_discrete:
         subject.save("samples_drawn.png", save_grid,
                      f"the same samples from {name}: pixels drawn from the likelihood", drawn / subject.scale,
@@ -194,8 +207,9 @@ def samples(subject):
 def reconstructions(subject):
     """Random test images, with the mean image of its latent below each."""
     images, z, labels = subject.test_images(subject.shuffled("reconstructions")[:64])
+    columns = min(16, len(images))
     subject.save("reconstructions.png", save_grid, "test images, the reconstruction below each",
-                 interleave(images, subject.model.mean_images(z, labels), 16), 16)
+                 interleave(images, subject.model.mean_images(z, labels), columns), columns)
 
 
 def interpolations(subject, pairs=5, steps=9):
@@ -206,18 +220,23 @@ def interpolations(subject, pairs=5, steps=9):
     if not ends:
         return "it needs two test images" + " of one class" * subject.conditional
     (a, starts, labels), (b, stops, others) = map(subject.test_images, ends)
-    weights = torch.linspace(0, 1, steps, device=a.device)[:, None]
-    model, rows = subject.model, []
-    for i, (start, stop) in enumerate(zip(starts, stops)):
-        label = labels[i].expand(steps)
-        base = slerp(*model.to_base(torch.stack([start, stop]), label[:2]), weights)
-        for z in (torch.lerp(start, stop, weights), model.from_base(base, label)):
-            rows += [a[i:i + 1], model.mean_images(z, label), b[i:i + 1]]
+    rows = [lines_between(subject, a[i:i + 1], b[i:i + 1], starts[i], stops[i], labels[i].expand(steps))
+            for i in range(len(starts))]
     kind = " of one class" * subject.conditional + " of different classes" * bool((labels != others).all())
     subject.save("interpolations.png", figures.labelled_grid, f"between the latents of two test images{kind}"
                  f"; spherical: {subject.base_name}", torch.cat(rows), steps + 2,
                  ["linear", "spherical"] * len(starts),
-                 ["image", *(f"{t:.3g}" for t in weights[:, 0].tolist()), "image"])
+                 ["image", *(f"{t:.3g}" for t in torch.linspace(0, 1, steps).tolist()), "image"])
+
+
+def lines_between(subject, a, b, start, stop, labels=None, steps=9):
+    """Two rows of images from the image a to the image b: mean images along a straight line between their
+    latents [D], and on the sphere in the base space.
+    """
+    model, weights = subject.model, torch.linspace(0, 1, steps, device=start.device)[:, None]
+    ends = model.to_base(torch.stack([start, stop]), None if labels is None else labels[:2])
+    lines = torch.lerp(start, stop, weights), model.from_base(slerp(*ends, weights), labels)
+    return torch.cat([part for z in lines for part in (a, model.mean_images(z, labels), b)])
 
 
 def interpolation_ends(subject, pairs):
@@ -270,7 +289,7 @@ def manifold(subject):
     caption = f"the 2-D latent space at the percentiles of N(0, I), {subject.base_name}"
     if not subject.conditional:
         subject.save("manifold.png", save_picture, caption, visualize_manifold(decoder))
-    for label in subject.classes if subject.conditional else ():
+    for label in subject.few_classes("manifold") if subject.conditional else ():
         name = subject.about["classes"][label]
         grid = visualize_manifold(lambda z, label=label: decoder(z, label))
         file = re.sub(r"[^\w-]+", "_", f"manifold_{name}")
@@ -281,13 +300,13 @@ def classes(subject, columns=10):
     """A row for each class, with the same latent in each column."""
     if not subject.conditional:
         return "the model is not conditional"
-    labels = subject.classes
+    labels = subject.few_classes("classes")
     prior = subject.model.sampling_prior(subject.fitted)
     noise = torch.randn(columns, prior.noise_size, generator=stream(subject.args.seed, "classes"))
     noise[:, :subject.model.latent_size] *= subject.args.temperature
     labels = labels.repeat_interleave(columns)
-    z = prior.transform(noise.to(subject.args.device).repeat(len(subject.classes), 1), labels)
-    images, labels = subject.model.mean_images(z, labels), subject.classes
+    z = prior.transform(noise.to(subject.args.device).repeat(len(labels) // columns, 1), labels)
+    images, labels = subject.model.mean_images(z, labels), labels[::columns]
     subject.save("classes.png", figures.labelled_grid, "a row for each class, the same noise in each column, "
                  f"samples from {subject.prior_name}",
                  images, columns, [subject.about["classes"][label] for label in labels.tolist()])
@@ -297,7 +316,7 @@ def latents(subject):
     """The latents of the test images, coloured by class."""
     origin, directions, axes = subject.plane(subject.codes.z)
     points = (subject.codes.z - origin) @ directions.T
-    what = "latents" if subject.codes.kl is None else "means of the posterior"
+    what = "latents" if subject.codes.std is None else "means of the posterior"
     names = subject.about["classes"]
     many = f", coloured by their {len(names)} classes" if len(names) > 20 else ""
     subject.save("latents.png", figures.latents, f"{what} of {len(points):,} test images{many}", points,
@@ -396,17 +415,59 @@ NEED_DATA = {"reconstructions", "interpolations", "latents", "units", "traversal
 
 
 def draw(subject):
-    """Draw the pictures of --only."""
+    """Draw the pictures of --only, or all that apply, and the page. Raises UserError if one of --only is left
+    out.
+    """
     subject.folder.mkdir(parents=True, exist_ok=True)
-    for name in subject.args.only:
+    left_out = []
+    for name in subject.args.only or PICTURES:
         if name in NEED_DATA and not subject.data:
             reason = "it needs the dataset"
         elif name in NEED_DATA and not len(subject.shuffled(name)):
             reason = "no test image is of these classes"
         else:
             reason = PICTURES[name](subject)
-        if reason:
-            print(f"left out {name}: {reason}", file=sys.stderr)
+        left_out += [f"left out {name}: {reason}"] * bool(reason)
+    write_page(subject.folder, subject.path, subject.checkpoint)
+    if subject.args.only and left_out:
+        raise UserError("; ".join(left_out))
+    if subject.data and not len(subject.shuffled("any")):
+        print(f"no test image is of these classes, so without {', '.join(sorted(NEED_DATA))}",
+              file=sys.stderr)
+
+
+def draw_images(subject, split):
+    """images.png: the user's own images, the reconstruction below each; of a conditional model beside each, a
+    column for each class. images_interpolation.png: between the latents of two images.
+    """
+    model, n = subject.model, min(len(split), 64)
+    subject.folder.mkdir(parents=True, exist_ok=True)
+    levels, _ = split.batch(torch.arange(n), subject.args.seed, "images")
+    images = levels / subject.scale
+    if len(split) > n:
+        print(f"images.png: the first {n} of {len(split):,} images; --export measures all")
+    if not subject.conditional:
+        columns, shown = min(16, n), model.reconstruct(levels)
+        subject.save("images.png", save_grid, "your images, the reconstruction below each",
+                     interleave(images, shown, columns), columns)
+    else:
+        classes = subject.few_classes("images.png")
+        rows = [torch.cat([image[None] / subject.scale, model.reconstruct(
+            image.expand(len(classes), -1, -1, -1), classes)]) for image in levels]
+        subject.save("images.png", figures.labelled_grid, "your images, and their reconstructions as images "
+                     "of each class", torch.cat(rows), len(classes) + 1, None,
+                     ["image", *(subject.about["classes"][label] for label in classes.tolist())])
+    if len(split) == 2:
+        rows, names = [], []
+        for label in subject.few_classes("images_interpolation.png") if subject.conditional else [None]:
+            labels = None if label is None else label.expand(9)
+            z = model.embed(levels, None if label is None else label.expand(2))
+            rows.append(lines_between(subject, images[:1], images[1:], z[0], z[1], labels))
+            kind = "" if label is None else f" as {subject.about['classes'][label]}"
+            names += [f"linear{kind}", f"spherical{kind}"]
+        subject.save("images_interpolation.png", figures.labelled_grid, "between the latents of your images; "
+                     f"spherical: {subject.base_name}", torch.cat(rows), 11, names,
+                     ["image", *(f"{t:.3g}" for t in torch.linspace(0, 1, 9).tolist()), "image"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -419,7 +480,8 @@ def quality(subject):
 
     def grey():
         return load(args.dataset or trained["dataset"], folder, trained["image_size"], 256, "threshold",
-                    trained["transform"], None, args.device, download=False)
+                    trained["transform"], None, args.device, download=False,
+                    value_range=trained["value_range"])
     return evaluate_samples(subject.model, subject.data, grey, args, folder / "cache")
 
 
@@ -430,13 +492,15 @@ def measure(subjects):
         measured.append(evaluate(subject.model, subject.data, subject.args) | quality(subject))
         subject.folder.mkdir(parents=True, exist_ok=True)
         path = subject.folder / "evaluation.json"
-        write_json(path, {"ckpt": subject.path.as_posix(), **measured[-1]})
+        write_json(path, {"ckpt": subject.path.as_posix(), "epoch": subject.checkpoint["epoch"],
+                          **measured[-1]})
         print(path)
         print_figures(measured[-1:])
         if measured[-1]["iw_nll"] is None and subject.model.prior is not None:
             print(f"no NLL: {subject.trained['recon_loss']} is no likelihood of discrete pixels; train with "
-                  "--recon_loss logistic, or with --levels 2 or 16")
-        elif subject.about["levels"] == 2 and subject.trained["binarize"] == "threshold":
+                  f"--recon_loss {'bce' if subject.about['levels'] == 2 else 'logistic'}")
+        elif measured[-1]["iw_nll"] and (subject.about["levels"], subject.trained["binarize"]) == (
+                2, "threshold"):
             print("white where x > 0.5: published figures of binary MNIST are of pixels drawn at random "
                   "(--binarize stochastic) and cannot be compared with these")
     trained = [subject.trained for subject in subjects]
@@ -445,13 +509,27 @@ def measure(subjects):
         print_figures(measured)
 
 
+def export(subject, split):
+    """Write latents.csv and latents.npz. Raises UserError if a conditional model needs a class for images."""
+    classes = subject.about["classes"]
+    if subject.args.images:
+        classes = []
+        if subject.conditional and len(subject.classes) > 1:
+            raise UserError("--export: the model is conditional; --classes names the class of these images")
+        if subject.conditional:
+            split.labels[:] = subject.classes
+    subject.folder.mkdir(parents=True, exist_ok=True)
+    export_latents(subject.model, split, classes, subject.args, subject.folder)
+
+
 def compare(subjects, args):
-    """compare.png: several models decode the same latents and reconstruct the same images; with figures."""
+    """A picture of several models: samples, and reconstructions of the same test images; with figures."""
     differing = differing_arguments([subject.trained for subject in subjects])
     columns = [comparison(subject, differing) for subject in subjects]
     known = [name for name in columns[0][3] if any(column[3][name] != "–" for column in columns)]
     columns = [(*column[:3], {name: column[3][name] for name in known}) for column in columns]
-    path = Path(args.results_dir or subjects[0].trained["results_dir"]) / "compare.png"
+    names = "_and_".join(re.sub(r"[^\w.-]+", "_", subject.trained["log_dir"]) for subject in subjects)
+    path = Path(args.results_dir or subjects[0].trained["results_dir"], "compare", f"{names[:200]}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     priors = sorted({subject.prior_name for subject in subjects}, key=len)
     figures.compare(path, f"samples from {' or '.join(priors)}; test images, the reconstruction below each",
@@ -469,17 +547,15 @@ def comparison(subject, differing):
     _, mean, _ = subject.sample(36, "samples")
     if subject.data and len(order := subject.shuffled("reconstructions")):
         images, z, labels = subject.test_images(order[:18])
-        pairs = image_grid(interleave(images, model.mean_images(z, labels), 6), 6)
+        columns = min(6, len(images))
+        pairs = image_grid(interleave(images, model.mean_images(z, labels), columns), columns)
         error = 0.0
         for index in order.split(model.max_batch):
             images, z, labels = subject.test_images(index)
             error += (images - model.mean_images(z, labels)).square().sum().item() / len(order)
         if subject.codes.active is not None and len(subject.codes.z) >= 20:
             active = int(subject.codes.active.sum())
-    measured = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not measured, or damaged
-        measured = json.loads((subject.folder / "evaluation.json").read_text())
-        measured = measured if measured["ckpt"] == subject.path.as_posix() else {}
+    suffix, measured = "" if subject.fitted or model.fitted is None else "_model_prior", evaluated(subject)
     kl = None if trained["iw_train"] else last.get("val_kl")  # of the importance-weighted bound it is no KL
 
     def decimals(value, places=2):
@@ -490,8 +566,19 @@ def comparison(subject, differing):
             {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",
              "val reconstruction": decimals(last.get("val_rec")), "val KL, nats": decimals(kl),
              "val bits/dim": decimals(last.get("val_bpd"), 4), "test squared error": decimals(error),
-             "active units": decimals(active, 0), **{name.replace("_", " "): decimals(measured.get(name))
-                                                     for name in ("frechet_distance", "coverage")}})
+             "active units": decimals(active, 0),
+             "frechet distance": decimals(measured.get(f"frechet_distance{suffix}")),
+             "coverage": decimals(measured.get(f"coverage{suffix}"))})
+
+
+def evaluated(subject):
+    """The figures of evaluation.json, if they are of this checkpoint; else an empty dictionary."""
+    try:
+        figures = json.loads((subject.folder / "evaluation.json").read_text())
+        own = {"ckpt": subject.path.as_posix(), "epoch": subject.checkpoint["epoch"]}
+        return figures if figures | own == figures else {}
+    except (OSError, ValueError, TypeError):  # not measured, or damaged
+        return {}
 
 
 def explore(subject):
@@ -529,10 +616,15 @@ def parse_args(argv=None):
     add("--ckpt", type=Path, nargs="*", metavar="FILE",
         help="(default, also without a file: the newest checkpoints/**/best.pt)")
     add("--results_dir", metavar="DIR", help="where pictures go (default: the --results_dir of the training)")
-    add("--dataset", metavar="PATH", help="the folder of images, if it was moved (default: as in training)")
+    add("--dataset", metavar="PATH",
+        help="the folder or array file, if it was moved (default: as in training)")
     add("--data_dir", "--data_folder", metavar="DIR",
         help="where a named dataset is (default: as in training)")
-    add("--only", metavar="NAMES", default=",".join(PICTURES), help="which pictures, separated by commas")
+    add("--images", type=Path, nargs="+", metavar="PATH",
+        help="draw, or --export, these image files or folders in place of the test images; of two images "
+             "also what lies between them")
+    add("--only", metavar="NAMES",
+        help=f"which pictures, separated by commas (default: all that apply of {', '.join(PICTURES)})")
     add("--num_samples", type=number(int, 1), default=64, metavar="N", help="of samples.png")
     add("--temperature", type=number(float, 0), default=1.0, metavar="T",
         help="scales the standard deviation of the prior")
@@ -544,6 +636,11 @@ def parse_args(argv=None):
     mode.add_argument("--compare", action="store_true", help="one picture of several checkpoints")
     mode.add_argument("--explore", action="store_true",
                       help="open a window to move through the latent space by hand")
+    mode.add_argument("--export", action="store_true",
+                      help="write latents.csv and latents.npz: z, KL, loss and squared error of each image")
+    mode.add_argument("--export_samples", type=number(int, 1), metavar="N",
+                      help="write N samples as PNG files")
+    add("--split", choices=("train", "val", "test"), default="test", help="with --export: which images")
     add("--iw_samples", type=number(int, 1), default=500, metavar="K",
         help="with --evaluate: latents an image for the likelihood")
     add("--limit", type=number(int, 1), metavar="N",
@@ -552,27 +649,33 @@ def parse_args(argv=None):
     add("--device", type=device_type, default=default_device(), help="cpu, cuda or mps")
     args = parser.parse_args(argv)
     check_args(parser, args)
+    args.newest = not args.ckpt
     args.ckpt = [find_checkpoint(parser, path) for path in args.ckpt or [None]]
     return args
 
 
 def check_args(parser, args):
     """Exit if the arguments contradict each other, or name something that does not exist."""
-    chosen = next((name for name in ("evaluate", "compare", "explore") if vars(args)[name]), "draw")
-    draws = ("draw", "compare", "explore")
+    chosen = next((name for name in ("evaluate", "compare", "explore", "export", "export_samples")
+                   if vars(args)[name]), "draw")
+    draws = ("draw", "compare", "explore", "export_samples")
     for name, modes in (("only", ("draw",)), ("num_samples", ("draw",)), ("temperature", draws),
-                        ("prior", draws), ("classes", draws), ("iw_samples", ("evaluate",)),
-                        ("limit", ("evaluate",))):
+                        ("prior", draws), ("classes", (*draws, "export")), ("iw_samples", ("evaluate",)),
+                        ("limit", ("evaluate",)), ("split", ("export",)), ("images", ("draw", "export"))):
         if vars(args)[name] != parser.get_default(name) and chosen not in modes:
             parser.error(f"argument --{name}: goes with " + (
-                "--evaluate" if modes == ("evaluate",) else f"drawing, not with --{chosen}"))
-    args.only = args.only.split(",")
-    for name in args.only:
+                f"drawing, not with --{chosen}" if "draw" in modes else f"--{modes[0]}"))
+    if args.images and (args.only or args.split != "test"):
+        parser.error(f"argument --images: not beside --{'only' if args.only else 'split'}")
+    for path in args.images or ():
+        if not path.exists():
+            parser.error(f"argument --images: {str(path)!r} is not there")
+    args.only = args.only and args.only.split(",")
+    for name in args.only or ():
         if name not in PICTURES:
             parser.error(f"argument --only: {name!r} is none of {', '.join(PICTURES)}")
-    if args.dataset and args.dataset not in DATASETS and not Path(args.dataset).is_dir():
-        parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} "
-                     "nor a folder")
+    if args.dataset and dataset_problem(args.dataset):
+        parser.error(f"argument --dataset: {dataset_problem(args.dataset)}")
     if args.compare and len(args.ckpt or ()) < 2:
         parser.error("argument --compare: goes with two or more checkpoints after --ckpt")
     if len(args.ckpt or ()) > 1 and chosen not in ("compare", "evaluate"):
@@ -590,13 +693,15 @@ def open_checkpoint(path, args):
         raise UserError(f"--classes: {path} is not a conditional model")
     if subject.conditional:
         _ = subject.classes  # raises now, before anything is drawn, if one does not exist
-    if args.evaluate or args.compare or args.explore or NEED_DATA & set(args.only):
+    if not (args.images or args.export_samples) and NEED_DATA & set(args.only or NEED_DATA):
         try:
             subject.data = read_data(args, trained, checkpoint["data"])
         except (UserError, OSError) as error:
-            if args.evaluate:
+            if args.evaluate or args.export or args.dataset:
                 raise
-            print(f"without the dataset: {error}", file=sys.stderr)
+            print(f"without the dataset, and so without {', '.join(sorted(NEED_DATA))}: {error}"
+                  if not (args.only or args.compare or args.explore) else f"without the dataset: {error}",
+                  file=sys.stderr)
     return subject
 
 
@@ -604,13 +709,15 @@ def read_data(args, trained, about):
     """The dataset of a checkpoint. Raises UserError if it is another one, or not on this machine."""
     name = args.dataset or trained["dataset"]
     data = load(name, args.data_dir or trained["data_dir"], trained["image_size"], trained["levels"],
-                trained["binarize"], trained["transform"], trained["limit"], args.device, download=False)
+                trained["binarize"], trained["transform"], trained["limit"], args.device, download=False,
+                value_range=trained["value_range"])
     if any(data.about()[part] != about[part] for part in ("shape", "levels", "classes")):
         raise UserError(f"{name} is not what the model was trained on: {about['shape']}, classes "
-                        f"{about['classes']}")
+                        f"{about['classes']}; --images takes any images")
     if any(data.about()[part] != about[part] for part in ("images", "crc32")):
         raise UserError(f"{name} has changed since the model was trained: images of the training may be "
-                        "among its test images now; bring it back as it was")
+                        "among its test images now; bring it back as it was, or give any images to "
+                        "--images")
     return data
 
 
@@ -623,10 +730,23 @@ def main(argv=None):
     if args.explore:
         figures.want_window()
     subjects = [open_checkpoint(path, args) for path in args.ckpt]
+    if args.newest:
+        print(describe_checkpoint(subjects[0].path, subjects[0].checkpoint))
     if args.compare:
         compare(subjects, args)
     elif args.evaluate:
         measure(subjects)
+    elif args.images or args.export:
+        subject = subjects[0]
+        split = own_images(args.images, subject.about["shape"], subject.about["levels"],
+                           subject.trained["value_range"], args.device) if args.images else \
+            getattr(subject.data, args.split)
+        if args.export:
+            export(subject, split)
+        else:
+            draw_images(subject, split)
+    elif args.export_samples:
+        export_samples(subjects[0], args.export_samples)
     elif args.explore:
         window = explore(subjects[0])  # kept, because its widgets live as long as it does
         figures.show()

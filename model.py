@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distributions import DEFAULT_LIKELIHOOD, LIKELIHOODS, PRIORS, Mixture
+from distributions import LIKELIHOODS, PRIORS, Mixture, default_likelihood
 from networks import NETWORKS
 from utils import elbo_to_bpd, log_normal, mean_and_covariance, normalize, sample_reparameterize
 
@@ -34,7 +34,7 @@ class AE(nn.Module):
                  recon_loss=None, num_classes=0):
         super().__init__()
         self.shape, self.levels, self.latent_size = tuple(shape), levels, latent_size
-        self.likelihood = LIKELIHOODS[recon_loss or DEFAULT_LIKELIHOOD[levels]](levels)
+        self.likelihood = LIKELIHOODS[recon_loss or default_likelihood(levels, isinstance(self, VAE))](levels)
         self.channels = self.likelihood.channels(shape[0])
         encoder, decoder, width_names = NETWORKS[model]
         widths = {"hidden_dims": hidden_dims, "num_filters": num_filters}

@@ -72,7 +72,7 @@ class StridedConvTranspose(nn.Module):
         x = sum(F.pad(blocks, (0, 0, j, 1 - j, i, 1 - i))
                 for (i, j), blocks in zip(places, self.linear(x).chunk(4, 3)))
         x = x.unflatten(3, (s, s, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return x[:, s // 2:s // 2 + size[0], s // 2:s // 2 + size[1]] + self.bias
+        return x[:, s // 2:s // 2 + size[0], s // 2:s // 2 + size[1]] + self.bias.to(x.dtype)
 
 
 def cnn_levels(shape, num_filters):

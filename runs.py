@@ -29,13 +29,13 @@ from figures import draw_curves
 HOW_TO_GO_ON = "take another name, --resume its last.pt to continue it, or --overwrite to replace it"
 FILES = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png",
          "samples*.png", "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png",
-         "latents.png", "units.png", "traversals.png", "nearest.png", "progress.gif", "last.pt",
-         "best.pt", "*.tmp")
+         "latents.*", "units.png", "traversals.png", "nearest.png", "images*.png", "progress.gif",
+         "index.html", "last.pt", "best.pt", "*.tmp")
 
 
 # arguments that do not change what is trained
-NO_EFFECT = {"log_dir", "results_dir", "checkpoint_dir", "data_dir", "overwrite", "resume", "progress_bar",
-             "save_every", "seeds"}
+NO_EFFECT = {"command", "log_dir", "results_dir", "checkpoint_dir", "data_dir", "overwrite", "resume",
+             "progress_bar", "save_every", "seeds"}
 
 
 def differing_arguments(runs):
@@ -178,7 +178,7 @@ def write_csv(path, columns, rows):
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: dictionaries of plain data and tensors
 
-FORMAT, VERSION = "plain-vae", 4
+FORMAT, VERSION = "plain-vae", 5
 
 
 def checkpoint_bytes(checkpoint):
@@ -205,6 +205,17 @@ def find_checkpoint(parser, path):
     return path
 
 
+def describe_checkpoint(path, checkpoint):
+    """Which run a checkpoint is of, which epoch of how many, and whether the run is unfinished."""
+    epoch, epochs = checkpoint["epoch"], checkpoint["args"]["epochs"]
+    return (f"{Path(path).as_posix()}: run {checkpoint['args']['log_dir']}, epoch {epoch} of {epochs}"
+            + ", unfinished" * is_unfinished(checkpoint))
+
+
+def is_unfinished(checkpoint):
+    return not checkpoint["finished"] and checkpoint["epoch"] < checkpoint["args"]["epochs"]
+
+
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU, without executing any code in it.
 
@@ -226,6 +237,8 @@ def load_checkpoint(path):
         version = int(version)
         assert name == FORMAT
         assert isinstance(checkpoint["model"], dict) and isinstance(checkpoint["data"], dict)
+        assert version < VERSION or isinstance(checkpoint["epoch"] + checkpoint["args"]["epochs"], int)
+        assert version < VERSION or isinstance(checkpoint["finished"], bool)
         assert all(value.layout == torch.strided and not value.is_quantized for value in tensors(checkpoint))
         run_name(checkpoint["args"]["log_dir"])  # a file from elsewhere must not choose where we write
     except Exception:
@@ -295,21 +308,23 @@ class RunLog:
     def epoch(self, history, draw):
         """Log an epoch.
 
-        history: the rows of metrics.csv, the last one new; draw: a function that draws the epoch's pictures
+        history: the rows of metrics.csv, the last one new
+        draw: a function that draws the epoch's pictures, or None
         """
         self.attempt(write_csv, self.folder / "metrics.csv", COLUMNS, history)
-        self.attempt(draw)
-        self.attempt(self.events, history[-1])
+        if draw:
+            self.attempt(draw)
+        self.attempt(self.events, history[-1], draw)
         if time.monotonic() - self.curves_drawn > SECONDS_BETWEEN_CURVES:
             self.attempt(draw_curves, history, self.folder / "curves.png")
             self.curves_drawn = time.monotonic()
 
-    def events(self, row):
+    def events(self, row, pictures):
         for name, value in row.items():
             if name not in ("epoch", "seconds") and value is not None:
                 self.writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
         from PIL import Image
-        for name in ("samples", "reconstructions"):
+        for name in ("samples", "reconstructions") if pictures else ():
             with Image.open(self.folder / f"{name}_{row['epoch']:03d}.png") as image:
                 self.writer.add_image(name, np.asarray(image), row["epoch"], dataformats="HWC")
         self.writer.flush()

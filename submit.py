@@ -8,10 +8,18 @@ import zipfile
 from pathlib import Path
 
 from cli import ArgumentParser, UserError, one_line, run_script
-from runs import COLUMNS, atomic_write, checkpoint_bytes, csv_bytes, find_checkpoint, load_checkpoint
+from runs import (
+    COLUMNS,
+    atomic_write,
+    checkpoint_bytes,
+    csv_bytes,
+    describe_checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+)
 
 CODE = ("*.py", "tests/*.py", "README.md", "requirements.txt", "pyproject.toml", "LICENSE")
-RESULTS = ("*.png", "*.gif", "*.csv", "*.json")
+RESULTS = ("*.png", "*.gif", "metrics.csv", "*.json", "index.html")
 
 
 def parse_args(argv=None):
@@ -25,6 +33,7 @@ def parse_args(argv=None):
                         help="store weights in 16 bits: half the size, and no visible difference in pictures "
                              "(default: 32 bits)")
     args = parser.parse_args(argv)
+    args.newest = args.ckpt is None
     args.ckpt = find_checkpoint(parser, args.ckpt)
     if args.out.suffix != ".zip" or args.out.is_dir():
         parser.error(f"argument --out: {str(args.out)!r} is not allowed, only a file that ends in .zip")
@@ -76,6 +85,8 @@ def prove(archive, ckpt):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.newest:
+        print(describe_checkpoint(args.ckpt, load_checkpoint(args.ckpt)))
     ckpt, files = contents(args.ckpt, args.half)
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder, "submission.zip")

@@ -25,10 +25,10 @@ import cli
 import distributed
 import runs
 from cli import UserError, device_type, number, run_name, say, warn
-from data import load, warp
+from data import dataset_problem, load, warp
 from datasets import DATASETS
 from distributed import RANK, WORLD, all_reduce_sum, broadcast
-from distributions import DEFAULT_LIKELIHOOD, LIKELIHOODS, PRIORS, Mixture, fit_mixture
+from distributions import LIKELIHOODS, PRIORS, Mixture, default_likelihood, enough_latents, fit_mixture
 from figures import save_grid
 from model import AE, build
 from networks import NETWORKS
@@ -226,7 +226,9 @@ def run(args, data, checkpoint, signals):
                 improved = is_best(row, state)
                 state.epoch, state.sums = row["epoch"], no_sums(args.device)
                 state.best, state.history = min(state.best, row["val_loss"]), [*state.history, row]
-                log.epoch(state.history, lambda: draw_epoch(state, data, args, results))
+                # of a long run about 60 epochs have pictures
+                drawn = state.epoch % math.ceil(args.epochs / 60) == 0 or state.epoch in (1, args.epochs)
+                log.epoch(state.history, (lambda: draw_epoch(state, data, args, results)) if drawn else None)
                 if not args.compile:  # compiled code is made for one number of threads
                     adapt_threads()
                 # In this order: after a kill between the two files, the run goes on from the old last.pt and
@@ -237,7 +239,7 @@ def run(args, data, checkpoint, signals):
             test = test_best(state, data, args, checkpoints, saver.after_step)
         except FloatingPointError:
             raise UserError(not_finite_message(args, state, checkpoints))
-        print_test(test, args)
+        print_test(test, args, error_ratio(state.evaluated, data))
         if RANK == 0:
             runs.write_json(results / "test.json", test)
         log.close(state.history)
@@ -278,28 +280,31 @@ def is_best(row, state):
 
 @torch.no_grad()
 def fit_best(state, data, args, path, after_step):
-    """Replace the weights by those of best.pt, fit a mixture to their latents of the training images, one
-    draw from q(z|x) for each, and write best.pt again with it. Its samples are better than those of N(0, I),
-    which the latents of all images together do not match (Hoffman & Johnson 2016; Ghosh et al. 2020). A
-    trained prior needs no mixture. The first process does it, for all.
+    """Replace the weights by those of best.pt, fit a mixture to their latents of training images (see
+    enough_latents), one draw from q(z|x) for each, and write best.pt again with it, as that of a finished
+    run. The mixture's samples are better than those of N(0, I), which the latents of all images together do
+    not match (Hoffman & Johnson 2016; Ghosh et al. 2020). The first process does it, for all.
     """
-    best, model = broadcast(lambda: load_checkpoint(path)), state.evaluated
+    best, model = broadcast(lambda: load_checkpoint(path)), state.evaluated.eval()
     model.load_state_dict(best["ema"] or best["model"])
-    if args.prior == "flow":
-        return
+    cli.allow_tf32(False)  # a run that is resumed here comes from other settings
 
     def fit():
+        of_class = data.train.labels.cpu() if args.conditional else torch.zeros(len(data.train))
+        most = enough_latents(args.latent_size)
+        chosen = torch.cat([(of_class == label).nonzero()[:most, 0] for label in of_class.unique()])
         latents = []
-        n = len(data.train) if args.latent_size > 128 else min(len(data.train), 2**19 // args.latent_size)
-        for block, index in enumerate(torch.arange(n).split(1024)):
+        for block, index in enumerate(chosen.split(1024)):
             images, labels = data.train.batch(index, args.seed, "binarize", "mixture", block)
             noise = normal((len(index), args.latent_size), args.device, args.seed, "noise", "mixture", block)
             latents.append(torch.cat([model.sample_posterior(*part) for part in zip(
                 *(tensor.split(model.max_batch) for tensor in (images, labels, noise)))]).cpu())
-        classes = (data.train.labels.cpu(), len(data.classes), 10) if args.conditional else ()
+        classes = (of_class[chosen], len(data.classes), 10) if args.conditional else ()
         return dict(fit_mixture(torch.cat(latents), *classes).named_buffers())
-    best["fitted"] = broadcast(fit)
-    model.fitted = Mixture(**best["fitted"]).to(args.device)
+    if model.prior is None or model.prior.wants_mixture:
+        best["fitted"] = broadcast(fit)
+        model.fitted = Mixture(**best["fitted"]).to(args.device)
+    best["finished"] = True
     if RANK == 0:
         save_checkpoint(path, best)
     after_step()
@@ -318,6 +323,19 @@ def test_best(state, data, args, checkpoints, after_step):
                              for images, labels in map(data.test.batch, index)])
         test["active_units"] = active_units(latents) if len(latents) >= 20 else None  # too few for a variance
     return test
+
+
+@torch.no_grad()
+def error_ratio(model, data):
+    """The squared error of reconstructed test images divided by that of one constant image, their mean. From
+    1 on, the model has learned nothing about single images.
+    """
+    images, labels = data.test.batch(torch.arange(min(len(data.test), 1000)))
+    parts = zip(images.split(model.max_batch), labels.split(model.max_batch))
+    reconstructed = torch.cat([model.reconstruct(*part) for part in parts])
+    images = images / (data.levels - 1)
+    return ((images - reconstructed).square().sum()
+            / (images - images.mean(0)).square().sum().clamp_min(1e-9)).item()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -426,6 +444,13 @@ def check_data(args, data, checkpoint=None):
     if args.conditional and not data.classes:
         raise UserError(f"--conditional: {args.dataset} has no classes (in a folder, each subfolder is one); "
                         "without --conditional it can be used as it is")
+    if args.conditional and not args.limit:
+        asked = torch.cat([data.val.labels, data.test.labels])
+        unseen = set(asked.tolist()) - set(data.train.labels.tolist())
+        if unseen:
+            names = ", ".join(data.classes[label] for label in sorted(unseen))
+            raise UserError(f"--conditional: no training image is of the class {names}, which validation or "
+                            "test images have; take these away, or train without --conditional")
     if min(data.shape[1:]) < 8:
         raise UserError(f"{args.dataset}: images of {data.shape[1]}x{data.shape[2]} pixels are too small, "
                         "8x8 is the least; --image_size enlarges them")
@@ -438,8 +463,9 @@ def check_data(args, data, checkpoint=None):
 def check_unchanged(args, data, checkpoint):
     """Raise UserError if the data is not that of the checkpoint."""
     if data.about() != checkpoint["data"]:
-        raise UserError(f"{args.dataset} has changed since the run began (it was {checkpoint['data']}, and "
-                        f"is {data.about()}); bring it back, or train a new run")
+        raise UserError(f"{args.dataset} does not hold the images that the run began with (they were "
+                        f"{checkpoint['data']}, and are {data.about()}); --dataset says where these are, or "
+                        "train a new run")
 
 
 def prepare_network(state, data, args):
@@ -535,7 +561,8 @@ class Saver:
                       "fitted": state.evaluated.fitted and dict(state.evaluated.fitted.named_buffers()),
                       "optimizer": state.optimizer.state_dict()["state"], "epoch": state.epoch,
                       "step": state.step, "sums": all_reduce_sum(sums), "best": state.best,
-                      "history": state.history, "elapsed": time.monotonic() - self.epoch_start}
+                      "history": state.history, "elapsed": time.monotonic() - self.epoch_start,
+                      "finished": False}
         parts = "model", "ema", "fitted", "optimizer", "sums"
         if not runs.all_finite([checkpoint[part] for part in parts]):
             raise FloatingPointError
@@ -609,6 +636,19 @@ def print_start(args, data, state):
         f"{' + '.join(f'{n:,}' for n in data.about()['images'])} images, {args.device}, {args.precision}"
         + (f", {WORLD} processes" if WORLD > 1 else "")
         + (f"; goes on after step {state.step:,}" if state.step else ""))
+    if data.classes:
+        counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
+        named = [f"{name} ({count:,})" for name, count in zip(data.classes[:5], counts)]
+        say(f"{len(counts)} classes, with their training images: {', '.join(named)}"
+            + ", …" * (len(counts) > 5))
+    steps = steps_per_epoch(data, args)
+    if steps < 10 and not state.step:
+        say(f"an epoch is only {steps} step{'s' * (steps > 1)}: a --batch_size of "
+            f"{max(1, len(data.train) // 20)} and more --epochs, such as "
+            f"{max(args.epochs, 10_000 // max(20, steps))}, teach more")
+    if args.recon_loss == "categorical" and data.levels == 256:
+        say("--recon_loss categorical computes a softmax of 256 levels at each pixel, which takes many times "
+            "as long as --recon_loss logistic")
 
 
 def print_epoch(row, args, improved):
@@ -618,17 +658,23 @@ def print_epoch(row, args, improved):
         f"{row['seconds']:.1f} s{' *' if improved else ''}")
 
 
-def print_test(test, args):
-    """The test figures, and advice if the posterior has collapsed onto the prior."""
+def print_test(test, args, ratio):
+    """The test figures, and advice if training has failed, or if the posterior has collapsed onto the prior.
+
+    ratio: as error_ratio returns it
+    """
     say(f"best epoch {test['epoch']} on the test images: " + describe(test, "test_"))
-    if args.loss_mode == "ae":
-        return
-    active = test["active_units"]
-    say(f"active units: {'not known from so few test images' if active is None else active} of "
-        f"{args.latent_size}")
+    active = test.get("active_units")
+    if args.loss_mode == "vae":
+        say(f"active units: {'not known from so few test images' if active is None else active} of "
+            f"{args.latent_size}")
     few = active is not None and active < min(2, args.latent_size)
     # with --iw_train, L_reg is no KL, and the advice does not apply
-    if not args.iw_train and (test["test_kl"] < 1 or few):
+    collapsed = args.loss_mode == "vae" and not args.iw_train and (test["test_kl"] < 1 or few)
+    if ratio > (1.1 if collapsed else 0.99):  # a collapsed one decodes the mean image
+        say(f"training failed: reconstructions are no better than one constant image ({ratio:.2f} times its "
+            f"squared error). What may help: a smaller --lr than {args.lr:g}, --grad_clip 1000, more epochs")
+    elif collapsed:
         say("the posterior collapsed: the decoder hardly uses z. What may help: "
             + "--free_bits 0.1, " * (args.prior == "normal")
             + "a smaller --target_beta_val, or --beta_mode linear")
@@ -650,9 +696,10 @@ def draw_epoch(state, data, args, folder):
     save_grid(folder / f"samples_{epoch:03d}.png",
               f"{args.log_dir}, epoch {epoch}: samples from {model.sampling_prior().description}", samples, 8)
     images, labels = data.val.batch(torch.arange(min(32, len(data.val))))
-    pairs = interleave(images / (data.levels - 1), model.reconstruct(images, labels), 8)
+    columns = min(8, len(images))
+    pairs = interleave(images / (data.levels - 1), model.reconstruct(images, labels), columns)
     save_grid(folder / f"reconstructions_{epoch:03d}.png",
-              f"{args.log_dir}, epoch {epoch}: validation images, reconstructions below each", pairs, 8)
+              f"{args.log_dir}, epoch {epoch}: validation images, reconstructions below each", pairs, columns)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -728,11 +775,15 @@ def earlier_run(args, data):
 def make_parser():
     parser = cli.ArgumentParser(description="Train an AE, a VAE or a conditional VAE on small images.")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="glyphs", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder of images")
+    add("--dataset", default="glyphs", metavar="NAME",
+        help=f"{', '.join(DATASETS)}; or a folder of images, or an array file (.npy, .npz)")
     add("--data_dir", "--data_folder", default="data", metavar="DIR",
         help="where datasets and caches are kept")
     add("--image_size", type=number(int, 8), nargs="+", metavar="N",
         help="height [width] to resize and centre-crop to (default: as the images are)")
+    add("--value_range", type=number(float, -math.inf, above=True), nargs=2, metavar=("LOW", "HIGH"),
+        help="of a folder or an array file: the values that become black and white (default: those of the "
+             "type, 0 and 255 of 8 bits; of other numbers 0 and 1, or 0 and 255, where that is plain)")
     add("--levels", type=int, choices=(2, 16, 256), default=256,
         help="number of values of a pixel: 2 binary, 16 4-bit, 256 as stored")
     add("--binarize", choices=("threshold", "stochastic"), default="threshold",
@@ -766,7 +817,8 @@ def make_parser():
     add = parser.add_argument_group("objective").add_argument
     add("--recon_loss", choices=list(LIKELIHOODS),
         help="likelihood of an image given z: squared error, Gaussian of a learned scale, Bernoulli, "
-             "softmax over levels, logistic (default by levels: 2 bce, 16 categorical, 256 mse)")
+             "softmax over levels, logistic (default by levels: 2 bce, 16 categorical, 256 gaussian, of an "
+             "autoencoder mse)")
     add("--target_beta_val", type=number(float, 0), default=1.0, metavar="BETA", help="weight of the KL")
     add("--beta_mode", choices=("constant", "linear", "cyclical"), default="constant",
         help="how beta changes over the epochs; linear: 0 in the first one, then BETA / epochs more in each")
@@ -776,7 +828,7 @@ def make_parser():
         help="train with the importance-weighted bound of K latents an image; 0: with the ELBO")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", "--user_epochs", type=number(int, 1), default=20, metavar="N",
+    add("--epochs", "--user_epochs", type=number(int, 1), default=10, metavar="N",
         help="passes over the training images")
     add("--batch_size", type=number(int, 1), default=128, metavar="N", help="images in a step")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
@@ -824,19 +876,24 @@ def parse_args(argv=None):
         return resume_args(parser, defaults, given)
     args = Namespace(**{**defaults, **given})
     check_args(parser, args)
-    args.recon_loss = args.recon_loss or DEFAULT_LIKELIHOOD[args.levels]
+    args.recon_loss = args.recon_loss or default_likelihood(args.levels, args.loss_mode == "vae")
     if args.precision == "auto":  # chosen once, so that a resumed run goes on as it began
         args.precision = cli.default_precision(args.device)
     if args.image_size:
         args.image_size = [args.image_size[0], args.image_size[-1]]
+    args.command = shlex.join(["python", "train.py", *map(str, sys.argv[1:] if argv is None else argv)])
     return args, None
 
 
 def check_args(parser, args):
     """Exit if the arguments contradict each other, or name something that is not there or is taken."""
-    if args.dataset not in DATASETS and not (args.dataset and Path(args.dataset).is_dir()):
-        parser.error(f"argument --dataset: {args.dataset!r} is neither one of {', '.join(DATASETS)} "
-                     "nor a folder")
+    problem = dataset_problem(args.dataset)
+    if problem:
+        parser.error(f"argument --dataset: {problem}")
+    if args.value_range and (args.dataset in DATASETS or args.value_range[0] == args.value_range[1]):
+        parser.error(f"argument --value_range: {' '.join(f'{value:g}' for value in args.value_range)} " + (
+            f"goes with a folder or an array file, not with {args.dataset}" if args.dataset in DATASETS else
+            "is one value, but black and white are two"))
     for name in ("results_dir", "checkpoint_dir", "data_dir"):
         if args.dataset not in DATASETS and \
                 Path(vars(args)[name]).resolve().is_relative_to(Path(args.dataset).resolve()):
@@ -879,9 +936,10 @@ def resume_args(parser, defaults, given):
         parser.error(f"argument --resume: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
                      f"only a file such as {' or '.join(others) or 'checkpoints/NAME/last.pt'}")
     for name in given:
-        if name not in ("data_dir", "save_every", "progress_bar", "device", "epochs"):
-            parser.error(f"argument --{name}: not beside --resume, which keeps the run's own; only "
-                         "--data_dir, --save_every, --progress_bar, --device and a larger --epochs")
+        if name not in ("dataset", "data_dir", "save_every", "progress_bar", "device", "epochs"):
+            parser.error(f"argument --{name}: not beside --resume, which keeps the run's own; only --dataset "
+                         "(where it was moved to), --data_dir, --save_every, --progress_bar, --device and a "
+                         "larger --epochs")
     try:
         checkpoint = verify_checkpoint(path)
     except UserError as error:
@@ -904,13 +962,18 @@ def resume_args(parser, defaults, given):
     if args.device != began["device"]:
         warn(f"--device {args.device}: the run began on {began['device']}, so it will not end with the same "
              "last bit as without the change")
-    args.checkpoint_dir, args.log_dir = place_of(parser, path, args)
+    find_run(parser, path, args, given)
+    problem = dataset_problem(args.dataset)
+    if problem:
+        parser.error(f"argument --dataset: {problem}" if "dataset" in given else
+                     f"argument --resume: the run's dataset {problem}; --dataset says where it is now")
     return args, checkpoint
 
 
-def place_of(parser, path, args):
-    """→ checkpoint_dir and log_dir of the run, from where its checkpoint is now: it may have been moved,
-    copied or renamed
+def find_run(parser, path, args, given):
+    """Set checkpoint_dir and log_dir of the run from where its checkpoint is now: it may have been moved,
+    copied or renamed, or named from another working directory. In the last case its other relative paths
+    change too, but for those that were given.
     """
     folder, name = path.resolve().parent, Path(args.log_dir).parts
     if folder.parts[-len(name):] != name:
@@ -919,9 +982,16 @@ def place_of(parser, path, args):
             run_name(folder.name)
         except argparse.ArgumentTypeError as error:
             parser.error(f"argument --resume: rename its folder, {error}")
-    root = folder.parents[len(name) - 1]
-    same = root == Path(args.checkpoint_dir).resolve()
-    return args.checkpoint_dir if same else str(root), "/".join(name)
+    root, began = folder.parents[len(name) - 1], Path(args.checkpoint_dir)
+    args.log_dir = "/".join(name)
+    if root == began.resolve():
+        return
+    args.checkpoint_dir = str(root)
+    if not began.is_absolute() and root.parts[-len(began.parts):] == began.parts:
+        base = root.parents[len(began.parts) - 1]  # the working directory of the training
+        for other in ("results_dir", "data_dir", "dataset"):
+            if other not in given and not (other == "dataset" and args.dataset in DATASETS):
+                setattr(args, other, str(base / getattr(args, other)))
 
 
 def main(argv=None):
@@ -935,7 +1005,8 @@ def main(argv=None):
             distributed.barrier()
         with contextlib.redirect_stderr(io.StringIO()) if waits else contextlib.nullcontext():
             data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize,
-                        args.transform, args.limit, args.device, progress_bar=args.progress_bar)
+                        args.transform, args.limit, args.device, progress_bar=args.progress_bar,
+                        value_range=args.value_range)
         if not waits:
             distributed.barrier()
         with runs.Signals() as signals:

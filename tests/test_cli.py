@@ -119,7 +119,7 @@ BAD_FOLDERS = {  # what is in it → what the line says
                "unreadable images": "none of its 1 image files",
     "too few images": "ten or more", "two sizes": "9x9 and 9x10", "no classes": "no classes",
                "tiny images": "too small",
-    "other classes in test": "different classes", "train without test": "look like splits",
+    "val without train": "look like splits",
     "more loose than in folders": "are these classes", "an unreadable test": "in test/ can be read"}
 
 BAD_CHECKPOINTS = {
@@ -134,7 +134,7 @@ BAD_CHECKPOINTS = {
 
 BAD_RESUMES = {"--lr 1": "--lr", "--seed 3": "--seed", "--epochs 1": "2 or more",
                "--log_dir other": "--log_dir",
-               "--overwrite": "--overwrite", "--dataset mnist": "--dataset"}
+               "--overwrite": "--overwrite", "--dataset nowhere": "--dataset"}
 
 
 def fill(root, what):
@@ -143,14 +143,13 @@ def fill(root, what):
         (root / "a.txt").write_text("a")
     elif what == "unreadable images":
         (root / "a.png").write_text("a")
-    elif what == "other classes in test":
-        picture(root / "train" / "a" / "1.png"), picture(root / "test" / "b" / "1.png")
-    elif what in ("train without test", "an unreadable test"):
+    elif what == "val without train":
+        picture(root / "val" / "1.png"), picture(root / "test" / "1.png")
+    elif what == "an unreadable test":
         for i in range(20):
             picture(root / "train" / f"{i}.png", seed=i)
         (root / "test").mkdir()
-        picture(root / "val" / "1.png") if what == "train without test" else (root / "test" / "1.png").touch()
-        (root / "test").rmdir() if what == "train without test" else None
+        (root / "test" / "1.png").touch()
     else:
         if what == "more loose than in folders":
             picture(root / "a" / "1.png")
@@ -165,7 +164,7 @@ ROWS = [*(("line", *row, 2) for row in WRONG), *(("folder", train, *row, 1) for 
         *(("resume", train, *row, 2) for row in BAD_RESUMES.items()),
         ("other", train, "no network", "KMNIST/raw", 1),
         ("other", train, "results below a file", "cannot be written", 1),
-        ("other", train, "a changed dataset", "has changed", 1),
+        ("other", train, "a changed dataset", "does not hold the images", 1),
         ("other", train, "a name that is taken", "--overwrite", 2),
         ("other", infer, "an unknown class", "only 0, 1, 2", 1),
         ("other", infer, "classes without a class", "--classes", 1)]

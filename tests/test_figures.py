@@ -10,7 +10,7 @@ from PIL import Image
 import figures
 import infer
 import runs
-from tests.conftest import fit
+from tests.conftest import fit, outcome
 
 
 def test_curves_have_a_panel_for_each_metric_that_there_is(curves, monkeypatch):
@@ -68,8 +68,8 @@ def test_progress_is_a_film_of_the_samples(folder, workplace, capsys):
         assert film.n_frames == 2
     for path in Path("results/run").glob("samples_00[23].png"):
         path.unlink()
-    infer.main(["--only", "progress"])
-    assert "left out progress" in capsys.readouterr().err
+    status, error = outcome(infer.main, ["--only", "progress"], capsys)
+    assert status == 1 and "left out progress" in error
 
 
 def test_the_explorer_has_a_slider_for_many_classes():

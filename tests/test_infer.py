@@ -19,6 +19,7 @@ from torch import distributions as D
 import data
 import infer
 import model
+import runs
 import train
 from tests.conftest import HERE, encoded, fit, outcome, picture, pixels
 
@@ -45,8 +46,10 @@ def test_without_a_file_it_is_the_newest_checkpoint(folder, workplace, capsys):
     capsys.readouterr()
     for argv in ([], ["--ckpt"]):
         infer.main([*argv, "--only", "samples"])
-        assert capsys.readouterr().out.splitlines() == [str(Path("results/newest", name))
-                                                        for name in ("samples.png", "samples_prior.png")]
+        assert capsys.readouterr().out.splitlines() == [
+            "checkpoints/newest/best.pt: run newest, epoch 1 of 1",
+            *(str(Path("results/newest", name)) for name in ("samples.png", "samples_prior.png",
+                                                             "index.html"))]
 
 
 @pytest.mark.parametrize("flags", [["--loss_mode=ae", "--model=cnn"],
@@ -59,7 +62,7 @@ def test_infer_twice_is_the_same_to_the_byte(folder, workplace, flags):
         pictures.append({path.name: path.read_bytes() for path in (workplace / out / "run").iterdir()})
     assert pictures[0] == pictures[1]
     expected = {"samples.png", "reconstructions.png", "interpolations.png", "latents.png", "traversals.png",
-                "nearest.png", "progress.gif"}
+                "nearest.png", "progress.gif", "index.html"}
     expected |= set() if "--loss_mode=ae" in flags else {"units.png", "samples_prior.png"}
     expected |= {"manifold.png"} if "--latent_size=2" in flags else set()
     expected |= {"samples_drawn.png"} if any("levels" in flag for flag in flags) else set()
@@ -93,9 +96,9 @@ def test_infer_without_the_dataset_draws_what_needs_none(folder, workplace, caps
     shutil.rmtree(copy)
     infer.main(["--results_dir", "elsewhere"])
     assert {path.name for path in (workplace / "elsewhere/run").iterdir()} == \
-        {"samples.png", "samples_prior.png", "progress.gif"}
+        {"samples.png", "samples_prior.png", "progress.gif", "index.html"}
     said = capsys.readouterr().err
-    assert "left out reconstructions" in said and "images" in said
+    assert "so without" in said and "reconstructions" in said and "images" in said
 
 
 def test_infer_follows_its_flags(folder, workplace, capsys):
@@ -108,8 +111,8 @@ def test_infer_follows_its_flags(folder, workplace, capsys):
     half = image.width // 59 * 29  # two images of 28 pixels and three lines, enlarged
     # without variance all samples are one
     assert np.array_equal(cells[:half, :half], cells[:half, half:2 * half])
-    infer.main(["--only", "reconstructions", "--dataset", str(folder / "0")])
-    assert "left out reconstructions" in capsys.readouterr().err
+    status, error = outcome(infer.main, ["--only", "reconstructions", "--dataset", folder / "0"], capsys)
+    assert status == 1 and "--images" in error
     shutil.copytree(folder, "moved")
     infer.main(["--only", "reconstructions", "--dataset", "moved"])
     assert Path("mine/run/reconstructions.png").exists()
@@ -244,12 +247,20 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
         fit(folder, *flags)
         shutil.move("checkpoints/run", f"checkpoints/{name}")
     files = [f"checkpoints/{name}/best.pt" for name in "abc"]
-    Path("results/run/evaluation.json").write_text(
-        json.dumps({"ckpt": files[0], "frechet_distance": 1.5, "coverage": 0.25}))
+    measured = {"ckpt": files[0], "epoch": infer.restore(files[0])[1]["epoch"], "frechet_distance": 1.5,
+                "frechet_distance_model_prior": 9.25, "coverage": 0.25}
+    for wrong in ([], {**measured, "epoch": 7}, {**measured, "ckpt": files[1]}):  # not of these checkpoints
+        Path("results/run/evaluation.json").write_text(json.dumps(wrong))
+        infer.main(["--compare", "--ckpt", files[0], files[2]])
+        assert "frechet distance" not in drawn["compare"][2][0][3]
+    Path("results/run/evaluation.json").write_text(json.dumps(measured))
+    infer.main(["--compare", "--prior=model", "--ckpt", *files[:2]])
+    assert drawn["compare"][2][0][3]["frechet distance"] == "9.25"
     infer.main(["--compare", "--ckpt", *files])
     captions = [column[0][1:] for column in drawn["compare"][2]]
-    assert captions == [[f"latent_size {size}", f"loss_mode {mode}", f"seed {seed}"]
-                        for size, mode, seed in ((2, "vae", 1), (6, "vae", 3), (4, "ae", 1))]
+    assert captions == [[f"latent_size {size}", f"loss_mode {mode}", f"recon_loss {loss}", f"seed {seed}"]
+                        for size, mode, loss, seed in ((2, "vae", "gaussian", 1), (6, "vae", "gaussian", 3),
+                                                       (4, "ae", "mse", 1))]
     table = [column[3] for column in drawn["compare"][2]]
     for file, values in zip(files, table):
         net, state = infer.restore(Path(file), "cpu")
@@ -267,7 +278,9 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
     # the same test images in all of them, above the reconstructions
     grids = [column[2] for column in drawn["compare"][2]]
     assert torch.equal(grids[0][:, :29], grids[1][:, :29]) and not torch.equal(grids[0], grids[1])
-    with Image.open("results/compare.png") as image:
+    assert {path.name for path in Path("results/compare").iterdir()} == {"run_and_run.png",
+                                                                         "run_and_run_and_run.png"}
+    with Image.open(next(Path("results/compare").iterdir())) as image:
         assert image.width > 900
     said = capsys.readouterr().out.splitlines()
     assert ["run", "run", "run"] in map(str.split, said) and any("parameters" in line for line in said)
@@ -361,8 +374,33 @@ def test_a_class_without_test_images_and_a_name_with_a_dollar(workplace, capsys)
     fit("images", "--conditional", epochs=1)
     infer.main(["--classes", "rare"])
     said = capsys.readouterr().err
-    assert said.count("no test image is of these classes") == len(infer.NEED_DATA)
+    assert said.count("no test image is of these classes") == 1 and said.count("\n") == 1
     assert {path.name for path in Path("results/run").glob("[c-z]*.png")} - {"curves.png"} == {
         "samples.png", "samples_prior.png", "samples_001.png", "classes.png", "reconstructions_001.png"}
     infer.main([])
     assert Path("results/run/latents.png").exists()
+
+
+def test_an_unfinished_run_is_said(folder, workplace, capsys, drawn):
+    fit(folder, "--conditional", epochs=1)
+    best = Path("checkpoints/run/best.pt")
+    state = runs.load_checkpoint(best)
+    assert state["finished"]
+    state["finished"], state["args"]["epochs"] = False, 3
+    runs.save_checkpoint(best, state)
+    capsys.readouterr()
+    infer.main(["--only", "classes"])
+    assert capsys.readouterr().out.splitlines()[0] == f"{best.as_posix()}: run run, epoch 1 of 3, unfinished"
+    assert "unfinished, epoch 1" in drawn["labelled_grid"][1]
+
+
+def test_of_many_classes_32_are_drawn(workplace, capsys, drawn):
+    labels = np.arange(1200) % 300
+    np.savez("many.npz", images=np.arange(1200 * 64).reshape(1200, 8, 8).astype(np.uint8), labels=labels)
+    fit("many.npz", "--conditional", epochs=1)
+    infer.main(["--only", "classes"])
+    assert drawn["labelled_grid"][2].shape[0] == 320
+    assert drawn["labelled_grid"][4] == list(map(str, range(32)))
+    assert "the first 32 of 300 classes" in capsys.readouterr().out
+    infer.main(["--only", "classes", "--classes", "299", "7"])
+    assert drawn["labelled_grid"][4] == ["299", "7"]

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import distributions as D
 
 import data
+import distributions
 import infer
 import model
 import runs
@@ -139,15 +140,68 @@ def test_training_learns_and_grad_clip_bites(folder, workplace):
 
 
 def test_collapse_is_reported(folder, workplace, capsys):
-    fit(folder, "--target_beta_val=1000")
+    collapse = "--target_beta_val=1000", "--lr=1e-2"
+    fit(folder, *collapse, epochs=20)
     said = capsys.readouterr().out
-    assert "collapsed" in said and all(flag in said for flag in ("--beta_mode linear", "--target_beta_val",
-                                                                 "--free_bits"))
-    fit(folder, "--target_beta_val=1000", "--prior=flow")
+    assert "collapsed" in said and "failed" not in said
+    assert all(flag in said for flag in ("--beta_mode linear", "--target_beta_val", "--free_bits"))
+    fit(folder, *collapse, "--prior=flow", epochs=20)
     said = capsys.readouterr().out
     assert "collapsed" in said and "--free_bits" not in said  # which does not go with it
     fit(folder, "--target_beta_val=0.01", "--free_bits=1", epochs=5)
     assert "collapsed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--loss_mode=ae"], []])
+def test_training_that_failed_is_told_from_collapse(folder, workplace, capsys, flags):
+    fit(folder, "--lr=10", *flags)
+    said = capsys.readouterr().out
+    assert "training failed" in said and "smaller --lr than 10" in said and "collapsed" not in said
+    read = data.load(str(folder), workplace)
+    images = pixels(read.test).double() / 255
+
+    class Constant:  # one image for all: its error is known in closed form
+        max_batch = 7
+
+        def reconstruct(self, images, labels):
+            return torch.full(images.shape, 0.25)
+    expected = (images - 0.25).square().sum() / (images.var(0, correction=0) * len(images)).sum()
+    assert train.error_ratio(Constant(), read) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_run_goes_on_where_its_dataset_was_moved_and_from_another_folder(folder, workplace, monkeypatch,
+                                                                           capsys):
+    shutil.copytree(folder, "here/images")
+    monkeypatch.chdir("here")
+    fit("images", epochs=1)
+    (workplace / "here/images").rename(workplace / "here/moved")
+    last = "checkpoints/run/last.pt"
+    status, error = outcome(train.main, ["--resume", last, "--epochs", "2"], capsys)
+    assert status == 2 and "--dataset says where it is now" in error and error.count("\n") == 1
+    status, error = outcome(train.main, ["--resume", last, "--epochs", "2", "--dataset", "glyphs"], capsys)
+    assert status == 1 and "does not hold the images" in error
+    train.main(["--resume", last, "--epochs", "2", "--dataset", "moved"])
+    monkeypatch.chdir(workplace)
+    train.main(["--resume", f"here/{last}", "--epochs", "3"])  # results, caches and images are found
+    assert {path.name for path in workplace.iterdir()} == {"here"}
+    assert len(Path("here/results/run/metrics.csv").read_text().splitlines()) == 4
+
+
+def test_a_long_run_draws_about_sixty_epochs(folder, workplace):
+    fit(folder, "--limit=32", epochs=130)
+    drawn = sorted(int(path.stem.split("_")[1]) for path in Path("results/run").glob("samples_*.png"))
+    assert drawn == [1, *range(3, 130, 3), 130]
+    assert len(list(Path("results/run").glob("reconstructions_*.png"))) == len(drawn)
+
+
+def test_what_a_run_says_at_its_start(folder, workplace, capsys):
+    fit(folder, "--batch_size=200", "--limit=300", epochs=1)
+    said = capsys.readouterr().out
+    read = data.load(str(folder), workplace, limit=300)
+    assert f"10 classes, with their training images: 0 ({int((read.train.labels == 0).sum())})" in said
+    assert "an epoch is only 2 steps: a --batch_size of 15" in said
+    fit(folder, "--recon_loss=categorical", "--limit=10", epochs=1)
+    assert "--recon_loss logistic" in capsys.readouterr().out
 
 
 def test_free_bits_keep_the_kl_up(folder, workplace):
@@ -487,3 +541,36 @@ def test_mnist_in_an_epoch_or_two(kind, epochs, bound, workplace):
                 f"--epochs={epochs}", "--log_dir=run"])
     best = runs.load_checkpoint(workplace / "checkpoints/run/best.pt")
     assert best["best"] < bound and best["data"]["shape"] == [1, 28, 28]
+
+
+@pytest.mark.parametrize("flags", [[], ["--conditional"]], ids=str)
+def test_the_mixture_is_fitted_to_draws_from_posteriors_of_training_images(folder, workplace, monkeypatch,
+                                                                           flags):
+    """Of a limited number of them, with their own labels."""
+    given = []
+    monkeypatch.setattr(train, "enough_latents", lambda size: 20)
+    monkeypatch.setattr(train, "fit_mixture",
+                        lambda *args: given.append(args) or distributions.fit_mixture(*args))
+    fit(folder, "--binarize=stochastic", "--levels=2", *flags, epochs=1)
+    (latents, *classes), = given
+    read = data.load(str(folder), workplace)
+    assert len(latents) == (sum(min(20, n) for n in read.train.labels.bincount()) if flags else 20)
+    net, _ = infer.restore("checkpoints/run/best.pt")
+    labels = classes[0] if flags else read.train.labels[:20]
+    chosen = torch.cat([(read.train.labels == label).nonzero()[:20, 0] for label in range(10)]) if flags \
+        else torch.arange(20)
+    assert torch.equal(read.train.labels[chosen], labels)
+    # grey values are the probabilities of the pixels that the encoder saw
+    mean, log_std = net.encode((read.train.batch(chosen)[0] > 127).byte(), labels)
+    score = (latents - mean) / log_std.exp()
+    assert 0.7 < score.std() < 2 and not torch.equal(latents, mean)
+    shuffled = (latents - mean.roll(7, 0)) / log_std.exp()
+    assert shuffled.std() > score.std()
+
+
+@pytest.mark.slow
+def test_a_conditional_run_on_more_images_than_the_mixture_needs(workplace):
+    train.main(["--dataset", "glyphs", "--conditional", "--model", "mlp", "--hidden_dims", "8",
+                "--latent_size", "128", "--epochs", "1", "--log_dir", "run"])
+    net, _ = infer.restore("checkpoints/run/best.pt")
+    assert net.fitted.weights.shape[0] == 10

@@ -1,0 +1,665 @@
+"""Your own images: a folder of image files or of .npy files, or one array file (.npy, .npz). They are decoded
+once, into a cache (datasets.cached) from which they are mapped into memory.
+
+Whatever is left out or reinterpreted is counted, and each kind is said in one line.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cli import UserError, one_line
+from datasets import DATASETS, cached, cover, grayscale, save_arrays, signature
+
+SPLITS = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")  # names of folders
+ARRAYS = (".npy", ".npz")  # suffixes of array files
+UNLABELLED = "unlabelled"  # the class of images without one, beside images with classes
+BYTES = 2**25  # of images in memory at a time while they are decoded
+
+
+def read_own(path, data_dir, image_size=None, transform="none", value_range=None, progress_bar=False):
+    """Read a folder or an array file.
+
+    value_range: the values (LOW, HIGH) that become black and white; None: those of the file's type
+    → [training, validation, test] images uint8 [N, C, H, W], labels [N] and names of files [N] (of an array
+    file none), where splits that the folder or file does not tell apart are empty; class names; the CRC-32 of
+    all images and labels; their lowest and highest intensity, and a line about how to change these
+
+    Raises UserError if the images cannot be used.
+    """
+    if path.is_dir():
+        said = []
+        splits, classes = list_splits(path, said)
+        files = [file for part in splits for file in part]
+        if not files:
+            raise UserError(f"{printable(path)} holds no images that can be read (such as .png, .jpg, .tif "
+                            "or .npy), neither directly nor in a folder for each class")
+        print(*said, sep="\n", end="\n" * bool(said), file=sys.stderr)
+        stamp = signature([classes, *map(len, splits)], path, [file for file, _ in files])
+    elif path.is_file() and path.suffix.lower() in ARRAYS:
+        splits, classes, stamp = None, None, signature([], path.parent, [path])
+    else:
+        raise UserError(f"{path} is neither one of {', '.join(DATASETS)} nor a folder of images nor an array "
+                        "file")
+    key = "-".join(hashlib.sha256(part).hexdigest()[:8] for part in (
+        os.fsencode(path.resolve()), repr([5, image_size, transform, value_range, stamp]).encode()))
+
+    def make(out):
+        writer = Writer(out[0], transform)
+        if splits is None:
+            of_arrays = read_arrays(path, writer, image_size, value_range, progress_bar)
+        else:
+            read_folder(path, splits, writer, image_size, value_range, progress_bar)
+        save_arrays(out[1:], writer.finish(path, of_arrays if splits is None else classes, value_range))
+    images, labels, counts, crc32, report, names = cached(data_dir, key, 6, make)
+    report = json.loads(report.tobytes())
+    for line in report["lines"]:  # each time, not only when the files are decoded
+        print(line, file=sys.stderr)
+    ends = np.cumsum([0, *counts])
+    parts = [(images[a:b], labels[a:b], names[a:b] if len(names) else None) for a, b in zip(ends, ends[1:])]
+    return parts, report["classes"], int(crc32), report["intensities"], report["fix"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which files there are
+
+@cache
+def suffixes():
+    """The suffixes of all files that can be read: those of the installed Pillow's formats, and .npy."""
+    from PIL import Image, ImageFile
+    Image.init()
+    readable = {name for name, (factory, _) in Image.OPEN.items()
+                if not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))}
+    # movies and vector graphics, which Pillow can only recognise, or needs another program for
+    readable -= {"MPEG", "EPS", "WMF"}
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in readable} | {".npy"}
+
+
+def list_splits(root, said):
+    """→ the training, validation and test files, each [(path, label)]; class names. Without a train/ all are
+    training files.
+
+    said: gets lines about what is left out
+    """
+    subfolders = {folder.name.lower(): folder for folder in sorted(root.iterdir()) if folder.is_dir()}
+    train, val, test = (next((subfolders[name] for name in names if name in subfolders), None)
+                        for names in SPLITS)
+    if not (train and (val or test)):
+        folders = {name for name, folder in subfolders.items() if list_images(folder, [])}
+        if folders and folders <= {name for names in SPLITS for name in names}:
+            raise UserError(f"{printable(root)} has {'/, '.join(sorted(folders))}/, which look like splits, "
+                            "but there is no train/ beside val/ or test/; rename them, or give one of them "
+                            "itself as the dataset")
+        by_class = [list_images(root, said), {}, {}]
+    else:
+        parts = [part for part in (train, val, test) if part]
+        both = ", ".join(f"{printable(part.name)}/" for part in parts)
+        others = {printable(path.name) for path in root.iterdir() if list_images(path, [])} \
+            - {printable(part.name) for part in parts}
+        if others:
+            said.append(f"{printable(root)}: left out: beside {both}, {', '.join(sorted(others))}")
+        by_class = [list_images(part, said) if part else {} for part in (train, val, test)]
+        if len({tuple(part) for part in by_class if part}) > 1:
+            said.append(f"{printable(root)}: not the same classes in {both} (" + "; ".join(
+                ", ".join(name or "none" for name in part) for part in by_class if part) + ")")
+    names = list(dict.fromkeys(name for part in by_class for name in part))
+    classes = [] if names in ([], [""]) else [name or UNLABELLED for name in names]
+    return [[(path, names.index(name)) for name, files in part.items() for path in files]
+            for part in by_class], classes
+
+
+def list_images(root, said):
+    """→ {class name: files}. Each subfolder is a class. If there is none, the files of the folder itself are
+    the images, of the class "". Links are followed. Hidden files and folders do not count.
+
+    said: gets lines about what is left out
+    """
+    skipped = Counter()
+    if not root.is_dir():
+        return {}
+
+    def visible(name):
+        return not name.startswith(".") and name not in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+    def images(where, names):
+        names = [name for name in names if visible(name)]
+        good = [name for name in names if Path(name).suffix.lower() in suffixes()]
+        skipped.update(Path(name).suffix.lower() or "no suffix" for name in set(names) - set(good))
+        return [Path(where) / name for name in good]
+
+    def inside(folder):
+        files, seen = [], {root.resolve()}
+        for where, folders, names in os.walk(folder, followlinks=True):
+            if Path(where).resolve() in seen:  # a link that leads back, or into a folder that was read
+                folders.clear()
+                continue
+            seen.add(Path(where).resolve())
+            folders[:] = sorted(filter(visible, folders))
+            files += images(where, names)
+        return sorted(files)
+    folders = {printable(folder.name): inside(folder) for folder in sorted(root.iterdir())
+               if folder.is_dir() and visible(folder.name)
+               and not root.resolve().is_relative_to(folder.resolve())}  # a link back to the root
+    folders = {name: files for name, files in folders.items() if files}
+    loose = sorted(images(root, [path.name for path in root.iterdir() if not path.is_dir()]))
+    if skipped:
+        kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in skipped.most_common(8))
+        said.append(f"{printable(root)}: left out: files of other kinds ({kinds}"
+                    f"{', …' if len(skipped) > 8 else ''})")
+    if folders and len(loose) > sum(map(len, folders.values())):
+        raise UserError(f"{printable(root)} holds {len(loose)} images, and fewer in its folders "
+                        f"({', '.join(folders)}): are these classes? Move one or the other elsewhere")
+    if folders and loose:
+        said.append(f"{printable(root)}: left out: {len(loose)} images beside its folders, which are classes")
+    return folders or ({"": loose} if loose else {})
+
+
+def printable(path):
+    """A path as text, even if its name holds bytes that are no text."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pixels
+
+@dataclass
+class Found:
+    """What was found in files: the ranges of values, by the highest value of their type (None for a type
+    without one), and how many images of each kind a line is said about.
+    """
+    ranges: dict = field(default_factory=dict)
+    kinds: Counter = field(default_factory=Counter)
+
+    def look(self, values, top):
+        """Remember the range of an array's values; NaN does not count."""
+        if np.isnan(values).all():
+            return
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        before = self.ranges.get(top, (low, high))
+        self.ranges[top] = min(low, before[0]), max(high, before[1])
+
+    def add(self, other):
+        for top, values in other.ranges.items():
+            self.look(np.array(values), top)
+        self.kinds.update(other.kinds)
+
+
+LINES = {
+    "frames": "are of several frames or layers, of which only the first is used",
+    "transparent": "have transparent parts, which become white; if the fourth band is something else (near "
+                   "infrared?), save the other three without it",
+    "fourth band": "have a fourth band, which is left out",
+    "not finite": "hold values that are not finite, which become black",
+}
+
+
+class UntypedValues(ValueError):
+    """Numbers of a type that does not say which values are black and white"""
+
+
+def to_bytes(values, value_range, found):
+    """Values of any type → uint8 intensities 0 … 255: LOW of the value range becomes 0 and HIGH 255. Without
+    a value range uint8 stays as it is and uint16 keeps its upper 8 bits. Raises UntypedValues for any other.
+    """
+    if values.dtype == bool:
+        values = values.astype(np.uint8) * 255
+    top = np.iinfo(values.dtype).max if values.dtype in (np.uint8, np.uint16) else None
+    if top is None and not np.isfinite(values).all():
+        found.kinds["not finite"] += 1
+        values = np.where(np.isfinite(values), values, np.nan)
+    found.look(values, top)
+    if value_range:
+        low, high = value_range
+        scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+        return np.nan_to_num(scaled.clip(0, 255)).round().astype(np.uint8)
+    if top is None:
+        raise UntypedValues(f"values of the type {values.dtype}, whose black and white are not known; "
+                            "--value_range LOW HIGH names them")
+    return values if top == 255 else (values >> 8).astype(np.uint8)
+
+
+def plain_range(found, path):
+    """The value range of numbers without one of their type, where it is plain: [0, 1] or [0, 255]. Raises
+    UserError elsewhere.
+    """
+    if None not in found.ranges:
+        raise UserError(f"{printable(path)}: no value in it is finite")
+    low, high = found.ranges[None]
+    for top in (1, 255):
+        if 0 <= low and high <= top:
+            return 0, top
+    raise UserError(f"{printable(path)}: {range_advice(low, high)}")
+
+
+def range_advice(low, high):
+    if low == high:
+        return f"all its values are {low:g}, so there is nothing to learn"
+    return (f"its values go from {low:g} to {high:g}; --value_range {low:g} {high:g} makes the first black "
+            "and the last white")
+
+
+CHANNELS = (1, 3, 4)
+
+
+def as_stack(array, single):
+    """An array of images → [N, H, W] or [N, H, W, C], channels last. Raises ValueError.
+
+    single: whether it may also be one image, [H, W], [H, W, C] or [C, H, W]
+    """
+    shape = array.shape
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"it holds {array.dtype}, not numbers")
+    one = single and (array.ndim == 2 or array.ndim == 3 and (shape[0] in CHANNELS or shape[2] in CHANNELS))
+    stack = array[None] if one else array
+    if stack.ndim == 4:
+        first, last = stack.shape[1] in CHANNELS, stack.shape[3] in CHANNELS
+        if first and last:
+            raise ValueError(f"in its shape {'x'.join(map(str, shape))} both the second and the last number "
+                             "may be the channels; save it with channels last, and images of at least 8x8")
+        if first:
+            return np.moveaxis(stack, 1, 3)
+        if last:
+            return stack
+    if stack.ndim == 3:
+        return stack
+    raise ValueError(f"its shape is {'x'.join(map(str, shape))}; images are N x height x width, with 1, 3 or "
+                     "4 channels last or second")
+
+
+def finish_image(pixels, image_size, found):
+    """uint8 [H, W] or [H, W, C] → [H, W] or [H, W, 3] of the image size"""
+    if pixels.ndim == 3 and pixels.shape[2] == 4:
+        found.kinds["fourth band"] += 1
+        pixels = pixels[..., :3]
+    elif pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if image_size and pixels.shape[:2] != tuple(image_size):
+        from PIL import Image
+        pixels = np.asarray(cover(Image.fromarray(np.ascontiguousarray(pixels)), image_size))
+    return pixels
+
+
+def to_array(image, image_size, value_range, found):
+    """An open Pillow image → uint8, [H, W] if it is grey, otherwise [H, W, 3]. Turned as its camera says;
+    transparent parts are white. Raises some exception if it cannot be read.
+    """
+    from PIL import Image, ImageOps
+    kind = image.format
+    if getattr(image, "is_animated", False) and kind not in ("TIFF", "MPO"):  # MPO: a photo and its preview
+        found.kinds["frames"] += 1
+    # Pillow opens a TIFF of RGB and one more band as RGB
+    more_bands = image.mode == "RGBX" or kind == "TIFF" and image.tag_v2.get(277, 1) > len(image.getbands())
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode.startswith("I;16") or kind in ("PNG", "PPM"):  # some versions open 16 bits as 32
+            values = values.clip(0, 65535).astype(np.uint16)
+        return finish_image(to_bytes(values, value_range, found), image_size, found)
+    grey, palette = image.mode in ("1", "L", "LA", "La"), image.mode in ("P", "PA")
+    if more_bands:
+        found.kinds["fourth band"] += 1
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            found.kinds["transparent"] += 1
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.asarray(image.convert("L" if grey else "RGB"))
+    pixels = finish_image(to_bytes(pixels, value_range, found), image_size, found)
+    return pixels[..., 0] if palette and (pixels == pixels[..., :1]).all() else pixels
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A folder
+
+def count_images(path):
+    """How many images a file holds, and about how many bytes one of them has: the pages of a TIFF, the images
+    of a .npy file, 1 of any other file.
+    """
+    from PIL import Image
+    try:
+        if path.suffix.lower() == ".npy":
+            stack = as_stack(np.load(path, mmap_mode="r", allow_pickle=False), single=True)
+            return len(stack), stack[:1].nbytes
+        if path.suffix.lower() in (".tif", ".tiff"):
+            with Image.open(path) as image:
+                return image.n_frames, image.width * image.height * 4
+    except Exception:  # it is reported when it is read
+        pass
+    return 1, 0
+
+
+def read_images(path, part, image_size, value_range, found):
+    """The images of a file in a range of its pages → a list of uint8 [H, W] or [H, W, 3]. Raises some
+    exception if it cannot be read.
+    """
+    from PIL import Image
+    if not path.is_file():  # reading a pipe would never end
+        raise ValueError("no file")
+    if path.suffix.lower() == ".npy":
+        stack = as_stack(np.load(path, mmap_mode="r", allow_pickle=False), single=True)[part.start:part.stop]
+        return [finish_image(to_bytes(image, value_range, found), image_size, found) for image in stack]
+    images = []
+    with Image.open(path) as image:
+        for page in part:
+            if page:
+                image.seek(page)
+            if image.format == "TIFF" and image.tag_v2.get(254, 0) & 1:  # a smaller copy of another page
+                continue
+            images.append(to_array(image, image_size, value_range, found))
+    return images
+
+
+def read_folder(root, splits, writer, image_size, value_range, progress_bar):
+    """Decode the files of the splits, [(path, label)] each, in parallel, and give them to the writer. Raises
+    UserError if sizes differ and there is no image size, or if no file can be read.
+    """
+    from PIL import Image
+    items = []  # path, label, split, some pages; a page at a time has to fit into memory
+    for split, files in enumerate(splits):
+        for path, label in files:
+            pages, size = count_images(path)
+            step = max(1, BYTES // 4 // max(size, 1))
+            items += [(path, label, split, range(first, min(first + step, pages)))
+                      for first in range(0, pages, step)]
+
+    def read(item, value_range=value_range):
+        path, _, _, part = item
+        found = Found()
+        try:
+            return read_images(path, part, image_size, value_range, found), found, None
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file may raise anything
+            return [], found, error
+
+    workers = min(8, os.cpu_count())  # each holds a whole photo, of 36 MB and more
+    with (warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool,
+          tqdm(total=len(items), desc="decoding", leave=False, disable=not progress_bar) as bar):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)  # of damaged metadata
+        if not value_range:
+            value_range = untyped_range(root, items, read, pool)
+        position, block = 0, workers
+        while position < len(items):
+            done = items[position:position + block]
+            for (path, label, split, part), (images, found, error) in zip(
+                    done, pool.map(lambda item: read(item, value_range), done)):
+                if error:
+                    writer.unreadable.append((path, one_line(error)))
+                writer.found.add(found)
+                name = printable(path.relative_to(root).as_posix())
+                writer.append(images, [label] * len(images), split,
+                              [name + (f"#{part.start + i}" if (part.start, len(part)) != (0, 1) else "")
+                               for i in range(len(images))])
+                check_sizes(root, writer)
+                size = max((image.nbytes for image in images), default=0)
+            writer.flush()
+            position += len(done)
+            block = max(workers, min(1000, BYTES // max(size * len(done[-1][3]), 1)))
+            bar.update(len(done))
+    if not writer.written:
+        path, error = writer.unreadable[0]
+        raise UserError(f"{printable(root)}: none of its {len(items)} image files can be read, such as "
+                        f"{printable(path)} ({error})")
+    writer.files = len({path for path, *_ in items})
+    if splits[2] and not writer.counts[2]:
+        raise UserError(f"{printable(root)}: none of the image files in test/ can be read")
+
+
+def untyped_range(root, items, read, pool):
+    """The value range of files of numbers without one, such as 32-bit TIFFs. For that all are decoded once
+    more. None if the first file has none of these. Raises UserError if it is not plain.
+    """
+    if not isinstance(read(items[0])[2], UntypedValues):
+        return None
+    total = Found()
+    for first in range(0, len(items), 64):
+        for _, found, _ in pool.map(lambda item: read(item, (0, 1)), items[first:first + 64]):
+            total.add(found)
+    return plain_range(total, root)
+
+
+def check_sizes(root, writer):
+    """Raise UserError if images differ in size. The line names a size that a VAE here can learn."""
+    if len(writer.sizes) < 2:
+        return
+    (a, _), (b, _) = writer.sizes.most_common(2)
+    height, width = a
+    turned = a == b[::-1]  # photos upright and across
+    if turned:
+        height = width = min(a)
+    scale = min(1, 64 / max(height, width))
+    height, width = (max(8, 8 * round(side * scale / 8)) if scale < 1 else side for side in (height, width))
+    raise UserError(f"{printable(root)}: its images differ in size ({a[1]}x{a[0]} and {b[1]}x{b[0]}, among "
+                    f"others); --image_size {height} {width}, for example, makes them all {height} pixels "
+                    f"high and {width} wide")
+
+
+def read_paths(paths, shape, value_range):
+    """Image files and folders of them, brought to a shape (C, H, W) → uint8 [N, C, H, W], names of the files,
+    bytes [N]. Raises UserError if one cannot be read.
+    """
+    files, images, names = [], [], []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = [file for part in list_images(path, []).values() for file in part]
+        if not found:
+            raise UserError(f"{printable(path)} holds no images that can be read")
+        files += found
+    found, ranges = Found(), Found()
+    for path in files:
+        pages = range(count_images(path)[0])
+        try:
+            try:
+                read = read_images(path, pages, shape[1:], value_range, found)
+            except UntypedValues:
+                read_images(path, pages, shape[1:], (0, 1), ranges)  # for the range that it finds
+                read = read_images(path, pages, shape[1:], plain_range(ranges, path), found)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file may raise anything
+            raise UserError(f"{printable(path)} cannot be read ({one_line(error)})")
+        images += read
+        names += [printable(path) + (f"#{page}" if len(read) > 1 else "") for page in range(len(read))]
+    for kind, count in found.kinds.items():
+        print(f"{count:,} images {LINES[kind]}", file=sys.stderr)
+    colour = np.stack([image if image.ndim == 3 else image[..., None].repeat(3, 2) for image in images])
+    colour = np.ascontiguousarray(colour.transpose(0, 3, 1, 2))
+    return colour if shape[0] == 3 else grayscale(colour, "grayscale"), np.array(
+        [name.encode() for name in names], "S")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# An array file
+
+# the keys that people use for images and labels of training, validation and test; in lower case
+KEYS = [(("train_images", "x_train", "images", "x", "data", "arr_0"),
+         ("train_labels", "y_train", "labels", "y", "label", "targets", "target", "arr_1")),
+        (("val_images", "x_val", "x_valid"), ("val_labels", "y_val", "y_valid")),
+        (("test_images", "x_test"), ("test_labels", "y_test"))]
+
+
+def read_arrays(path, writer, image_size, value_range, progress_bar):
+    """Give the images of a .npy or .npz file to the writer → class names. Raises UserError."""
+    try:
+        if path.suffix.lower() == ".npy":
+            file = {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
+        else:
+            file = np.load(path, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                file = {"images": file}
+        keys = {key.lower(): key for key in file}
+        parts = [tuple(next((keys.pop(name) for name in names if name in keys), None) for names in pair)
+                 for pair in KEYS]
+        if not any(images for images, _ in parts) and len(keys) == 1:
+            parts[0] = keys.popitem()[1], None
+        if not parts[0][0]:
+            raise ValueError(f"its keys are {', '.join(file) or 'none'}; images and labels, for example, or "
+                             "x_train and y_train are needed")
+        stacks = [as_stack(file[images], single=False) if images else None for images, _ in parts]
+        labels, classes = read_labels(path, [label and file[label] for _, label in parts],
+                                      [0 if stack is None else len(stack) for stack in stacks])
+    except UserError:
+        raise
+    except Exception as error:  # bytes that only look like an array file may raise anything
+        raise UserError(f"{printable(path)}: {one_line(error)}")
+    if keys:
+        writer.lines.append(f"{printable(path)}: left out: {', '.join(keys.values())}")
+
+    def blocks(stack):
+        step = max(1, BYTES // 4 // max(1, stack[:1].nbytes))
+        return (slice(first, first + step) for first in range(0, len(stack), step))
+    untyped = [stack for stack in stacks if stack is not None and stack.dtype.kind != "b"
+               and stack.dtype not in (np.uint8, np.uint16)]
+    if untyped and not value_range:
+        found = Found()
+        for stack in untyped:
+            for block in blocks(stack):
+                to_bytes(stack[block], (0, 1), found)  # for the range that it finds
+        value_range = plain_range(found, path)
+    total = sum(len(stack) for stack in stacks if stack is not None)
+    with tqdm(total=total, desc="reading", leave=False, disable=not progress_bar) as bar:
+        for split, (stack, of_split) in enumerate(zip(stacks, labels)):
+            for block in blocks(stack) if stack is not None else ():
+                images = [finish_image(to_bytes(image, value_range, writer.found), image_size, writer.found)
+                          for image in stack[block]]
+                writer.append(images, of_split[block], split)
+                writer.flush()
+                bar.update(len(images))
+    return classes
+
+
+def read_labels(path, arrays, lengths):
+    """Labels of the three splits as they are stored → numbers of classes [N] for each, and class names. [N],
+    [N, 1] and one-hot [N, K] are classes; numbers of any other kind are not. Raises ValueError.
+    """
+    flat = []
+    for array, n in zip(arrays, lengths):
+        if array is None or not n:
+            flat.append(np.full(n, "", object))
+            continue
+        if len(array) != n:
+            raise ValueError(f"{n} images, but {len(array)} labels")
+        if array.ndim == 2 and array.shape[1] > 1 and array.dtype.kind in "buif" and \
+                ((array == 0) | (array == 1)).all() and (array.sum(1) == 1).all():
+            array = array.argmax(1)
+        array = array.reshape(n, -1)
+        if array.shape[1] != 1 or array.dtype.kind == "f" and (array != np.round(array)).any():
+            print(f"{printable(path)}: left out: its labels, which are no classes", file=sys.stderr)
+            return [np.zeros(n, np.int64) for n in lengths], []
+        if array.dtype.kind in "bf":
+            array = array.astype(np.int64)
+        flat.append(array[:, 0].astype(object))
+    found = set().union(*map(set, flat))
+    if found <= {""}:
+        return [np.zeros(n, np.int64) for n in lengths], []
+    names = sorted(found - {""}, key=lambda name: (isinstance(name, str), name)) + [""] * ("" in found)
+    number = {name: i for i, name in enumerate(names)}
+    return [np.array([number[name] for name in labels], np.int64) for labels in flat], \
+        [name.decode(errors="replace") if isinstance(name, bytes) else str(name) if name != "" else UNLABELLED
+         for name in names]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing the cache
+
+class Writer:
+    """Writes images of one size into an open .npy file, block by block, so that they need not fit into
+    memory. As long as all are grey, they have one channel; the first image in colour turns them all into
+    three.
+    """
+
+    def __init__(self, file, transform):
+        self.file, self.transform = file, transform
+        self.written, self.channels, self.start = 0, 1, 0
+        self.waiting, self.labels, self.counts, self.sizes = [], [], [0, 0, 0], Counter()
+        self.found, self.unreadable, self.lines, self.files, self.names = Found(), [], [], 0, []
+        self.low, self.high = 255, 0
+
+    def append(self, images, labels, split, names=()):
+        """images: a list of uint8 [H, W] or [H, W, 3], which `flush` writes; split: 0, 1, 2, in this order"""
+        self.names += [name.encode() for name in names]
+        self.waiting += images
+        self.labels += list(labels)
+        self.counts[split] += len(images)
+        self.sizes.update(image.shape[:2] for image in images)
+
+    def flush(self):
+        images, self.waiting = self.waiting, []
+        if not images:
+            return
+        if not self.written:
+            self.start = self.header(10**9, 3)  # as long as the header that `finish` writes
+        if self.transform != "none" or any(image.ndim == 3 for image in images):
+            images = [image if image.ndim == 3 else image[..., None].repeat(3, 2) for image in images]
+            block = np.stack(images).transpose(0, 3, 1, 2)
+        else:
+            block = np.stack(images)[:, None]
+        if self.transform != "none":
+            block = grayscale(block, self.transform)
+        if self.written and block.shape[1] > self.channels:
+            self.widen()
+        self.channels = max(self.channels, block.shape[1])
+        self.low, self.high = min(self.low, int(block.min())), max(self.high, int(block.max()))
+        self.file.write(np.ascontiguousarray(block.repeat(self.channels // block.shape[1], axis=1)))
+        self.written += len(images)
+
+    def header(self, n, channels):
+        """Write the head of the file → its length in bytes"""
+        (size,) = self.sizes
+        np.lib.format.write_array_header_1_0(
+            self.file, {"descr": "|u1", "fortran_order": False, "shape": (n, channels, *size)})
+        return self.file.tell()
+
+    def widen(self):
+        """Turn the images so far into three channels, the last ones first, so that none is overwritten before
+        it is read.
+        """
+        (size,) = self.sizes
+        pixels = size[0] * size[1]
+        step = max(1, BYTES // 4 // pixels)
+        for first in reversed(range(0, self.written, step)):
+            self.file.seek(self.start + first * pixels)
+            block = self.file.read(min(step, self.written - first) * pixels)
+            self.file.seek(self.start + 3 * first * pixels)
+            self.file.write(np.frombuffer(block, np.uint8).reshape(-1, 1, pixels).repeat(3, axis=1).tobytes())
+        self.file.seek(self.start + 3 * self.written * pixels)
+
+    def finish(self, path, classes, value_range):
+        """Write the true header → labels [N], the number of images of each split [3], the CRC-32 of images
+        and labels, a report in JSON, as bytes, and the names of the files [N]
+        """
+        labels = np.array(self.labels, np.int64)
+        crc32 = zlib.crc32(labels)
+        self.file.seek(self.start)
+        while block := self.file.read(1 << 24):
+            crc32 = zlib.crc32(block, crc32)
+        self.file.seek(0)
+        self.header(self.written, self.channels)
+        name, lines = printable(path), self.lines
+        lines += [f"left out: {printable(path)} ({reason})" for path, reason in self.unreadable[:20]]
+        if self.unreadable:
+            bad = len({path for path, _ in self.unreadable})
+            lines.append(f"{name}: {bad} of {self.files} files cannot be read, so left out")
+        lines += [f"{name}: {count:,} images {LINES[kind]}" for kind, count in self.found.kinds.items()]
+        fix = ""
+        for top, (low, high) in self.found.ranges.items():
+            fix = range_advice(low, high)
+            if top and not value_range and (high - low) * 8 < top:
+                lines.append(f"{name}: of 0 to {top}, {fix}")
+        report = {"lines": lines, "classes": classes, "intensities": [self.low, self.high], "fix": fix}
+        report = np.frombuffer(json.dumps(report).encode(), np.uint8)
+        return labels, np.array(self.counts), np.array(crc32), report, np.array(self.names, "S")

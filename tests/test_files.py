@@ -1,0 +1,465 @@
+"""Tests of files.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import datasets
+import files
+import train
+from cli import UserError
+from tests.conftest import outcome, picture, pixels
+
+
+def one(path, image_size=None, value_range=None):
+    """The first image of a file"""
+    return files.read_images(path, range(1), image_size, value_range, files.Found())[0]
+
+
+def test_a_folder_of_classes_keeps_its_labels(tmp_path):
+    stored = {}
+    for i in range(30):
+        stored[picture(tmp_path / "in" / "abc"[i % 3] / f"{i}.png", seed=i).tobytes()] = i % 3
+    picture(tmp_path / "in" / "a" / ".thumbnails" / "0.png", seed=30)  # what is hidden is no image
+    picture(tmp_path / "in" / "a" / "__MACOSX" / "0.png", seed=31)
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert read.classes == ["a", "b", "c"] and read.shape == (1, 8, 10)
+    assert [len(s) for s in (read.train, read.val, read.test)] == [24, 3, 3]
+    found = [(image.numpy().tobytes(), label.item()) for s in (read.train, read.val, read.test)
+             for image, label in zip(pixels(s), s.labels)]
+    assert dict(found) == stored and len(found) == 30
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "Testing")])
+def test_a_flat_folder_and_one_with_train_and_test(tmp_path, names):
+    for i in range(20):
+        picture(tmp_path / "flat" / f"{i}.jpg", mode="RGB", seed=i)
+        picture(tmp_path / "two" / names[0] / f"{i}.png", seed=i)
+    test = picture(tmp_path / "two" / names[1] / "x.png", seed=99)
+    flat, two = data.load(str(tmp_path / "flat"), tmp_path), data.load(str(tmp_path / "two"), tmp_path)
+    assert flat.classes == [] and flat.shape == (3, 8, 10) and len(flat.test) == 2
+    assert [len(s) for s in (two.train, two.val, two.test)] == [18, 2, 1]
+    assert np.array_equal(pixels(two.test)[0, 0].numpy(), test)
+
+
+def test_a_changed_folder_is_noticed(tmp_path):
+    for i in range(20):
+        picture(tmp_path / "in" / f"{i:02d}.png", seed=i)
+    before = data.load(str(tmp_path / "in"), tmp_path)
+    assert torch.equal(pixels(before.train), pixels(data.load(str(tmp_path / "in"), tmp_path).train))
+    picture(tmp_path / "in" / "20.png", seed=20)
+    assert sum(len(s) for s in vars(data.load(str(tmp_path / "in"), tmp_path)).values()
+               if isinstance(s, data.Split)) == 21
+    changed = picture(tmp_path / "in" / "20.png", seed=21)
+    os.utime(tmp_path / "in" / "20.png", ns=(1, 1))
+    after = data.load(str(tmp_path / "in"), tmp_path)
+    assert any(np.array_equal(image[0], changed) for s in (after.train, after.val, after.test)
+               for image in pixels(s))
+
+
+def test_a_cache_that_is_damaged_is_made_again(tmp_path):
+    for i in range(20):
+        picture(tmp_path / "in" / f"{i:02d}.png", seed=i)
+    (tmp_path / "in" / "20.png").touch()
+    before = pixels(data.load(str(tmp_path / "in"), tmp_path).train)
+    for damaged in sorted((tmp_path / "cache").rglob("*.npy")):
+        damaged.unlink() if damaged.name == "2.npy" else damaged.write_bytes(
+            b"PK\x03\x04" if damaged.name == "0.npy" else damaged.read_bytes()[:100])
+        assert torch.equal(before, pixels(data.load(str(tmp_path / "in"), tmp_path).train))
+
+
+def test_unreadable_files_are_named_each_time(tmp_path, capsys):
+    for i in range(20):
+        picture(tmp_path / "in" / f"{i:02d}.png", seed=i)
+    (tmp_path / "in" / "20.png").touch()
+    for _ in range(2):
+        data.load(str(tmp_path / "in"), tmp_path)
+        said = capsys.readouterr().err
+        assert "20.png" in said and "1 of 21" in said
+
+
+def test_grey_files_of_any_kind_are_one_channel(tmp_path):
+    for i, mode in enumerate(("LA", "P", "L", "1")):
+        image = Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).convert(mode)
+        image.save(tmp_path / "x.png")
+        assert one(tmp_path / "x.png").shape == (8, 8)
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match="float32"):
+        one(tmp_path / "x.tiff")
+
+
+def test_images_of_every_kind_in_one_folder(tmp_path, capsys):
+    for i, (mode, suffix) in enumerate([("L", "png"), ("RGB", "png"), ("RGBA", "png"), ("P", "png"),
+                                        ("CMYK", "jpg"),
+                                        ("I;16", "png"), ("L", "jpeg"), ("RGB", "webp"), ("L", "bmp"),
+                                        ("RGB", "tiff"), ("L", "png"), ("L", "png")]):
+        picture(tmp_path / "in" / f"{i:02d}.{suffix}", mode=mode, seed=i)
+    (tmp_path / "in" / "empty.png").touch()
+    whole = (tmp_path / "in" / "06.jpeg").read_bytes()
+    (tmp_path / "in" / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert read.shape == (3, 8, 10) and len(read.train) + len(read.val) + len(read.test) == 12
+    said = capsys.readouterr().err
+    assert "empty.png" in said and "cut.jpg" in said and "2 of 14" in said
+    sixteen = one(tmp_path / "in" / "05.png")
+    assert np.array_equal(sixteen, np.random.default_rng(5).integers(0, 256, (8, 10)))
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert (one(tmp_path / "clear.png") == 255).all()  # white, not hidden red
+
+
+def test_image_size_covers_and_crops_at_the_centre(tmp_path):
+    wide = np.zeros((10, 40), np.uint8)
+    wide[:, 15:25] = 200
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert (one(tmp_path / "wide.png", (10, 10)) == 200).all()
+    assert one(tmp_path / "wide.png", (12, 20)).shape == (12, 20)
+
+
+def test_transforms(tmp_path):
+    colour = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 10, 10]], np.uint8)[..., None, None]
+    assert datasets.grayscale(colour, "grayscale").flatten().tolist() == [76, 150, 29, 10]  # ITU-R BT.601
+    assert datasets.grayscale(colour, "grayscale3").shape == (4, 3, 1, 1)
+    assert datasets.grayscale(colour[:, :1], "grayscale3").shape == (4, 3, 1, 1)
+    for i in range(20):
+        picture(tmp_path / "in" / f"{i}.png", mode="RGB", seed=i)
+    read = {transform: pixels(data.load(str(tmp_path / "in"), tmp_path, transform=transform).train)
+            for transform in ("none", "grayscale", "grayscale3")}
+    luminance = torch.from_numpy(datasets.grayscale(read["none"].numpy(), "grayscale"))
+    assert torch.equal(read["grayscale"], luminance)
+    assert torch.equal(read["grayscale3"], luminance.expand(-1, 3, -1, -1))
+
+
+def test_the_first_image_in_colour_turns_all_before_it_into_three_channels(tmp_path):
+    stored = {picture(tmp_path / "in" / f"{i:04d}.png", size=(8, 8), seed=i).tobytes() for i in range(2100)}
+    picture(tmp_path / "in" / "last.png", size=(8, 8), mode="RGB")
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    everything = torch.cat([pixels(split) for split in (read.train, read.val, read.test)])
+    grey = [image for image in everything.numpy() if (image == image[:1]).all()]
+    assert everything.shape == (2101, 3, 8, 8) and {image[0].tobytes() for image in grey} == stored
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, capsys):
+    for i in range(20):
+        picture(tmp_path / "in" / f"{i}.png", seed=i)
+    (tmp_path / "file").touch()  # where a folder would have to be
+    a, b = data.load(str(tmp_path / "in"), tmp_path / "file"), data.load(str(tmp_path / "in"), tmp_path)
+    assert "not cached" in capsys.readouterr().err
+    assert torch.equal(pixels(a.train), pixels(b.train)) and a.about() == b.about()
+
+
+def test_images_that_would_hurt_are_left_out(tmp_path, capsys):
+    root = tmp_path / "in"
+    for i in range(12):
+        picture(root / f"{i}.png", seed=i)
+    with open(root / "bomb.png", "wb") as file:  # a megabyte that unfolds to 400
+        Image.new("1", (20_000, 20_000)).save(file)
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (root / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "self").symlink_to(root)
+    os.mkfifo(root / "pipe.png")
+    os.rename(root / "3.png", os.fsencode(root) + b"/\xff\xfe.png")
+    read = data.load(str(root), tmp_path)
+    said = capsys.readouterr().err
+    assert len(read.train) + len(read.val) + len(read.test) == 12
+    assert all(name in said for name in ("bomb.png", "loop.png", "gone.jpg", "pipe.png", "4 of 16"))
+    odd = os.fsencode(tmp_path) + b"/classes/\xff"
+    os.makedirs(odd)
+    shutil.copytree(root, tmp_path / "classes" / "b",
+                    ignore=lambda *_: ["bomb.png", "loop.png", "gone.jpg", "self", "pipe.png"])
+    os.link(root / "1.png", odd + b"/1.png")
+    (tmp_path / "classes" / "b" / "up").symlink_to(tmp_path / "classes")
+    read = data.load(str(tmp_path / "classes"), tmp_path)
+    assert len(read.train) + len(read.val) + len(read.test) == 13
+    json.dumps(read.classes).encode(), "".join(read.classes).encode()  # as text
+
+
+def blob(height, width, seed):
+    """A Gaussian bump in [0, 1]"""
+    y, x, size = np.random.default_rng(seed).uniform((0.2, 0.2, 0.1), (0.8, 0.8, 0.3))
+    rows, columns = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)
+    return np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / (2 * size ** 2))
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def everything(read):
+    """All images of a dataset, in the order of their bytes"""
+    images = torch.cat([pixels(split) for split in (read.train, read.val, read.test)]).numpy()
+    return np.array(sorted(images, key=lambda image: image.tobytes()))
+
+
+def in_order(images):
+    return np.array(sorted(images, key=lambda image: image.tobytes()))[:, None]
+
+
+@pytest.mark.parametrize("levels", [2, 16])
+def test_masks_of_0_and_1_are_refused_until_their_range_is_named(tmp_path, levels):
+    masks = [(blob(8, 10, seed) > 0.5).astype(np.uint8) for seed in range(60)]
+    for i, mask in enumerate(masks):
+        save(tmp_path / "in" / f"{i}.png", mask)
+    with pytest.raises(UserError, match=r"from 0 to 1; --value_range 0 1"):
+        data.load(str(tmp_path / "in"), tmp_path, levels=levels)
+    read = data.load(str(tmp_path / "in"), tmp_path, levels=levels, value_range=(0, 1))
+    assert np.array_equal(everything(read), in_order(masks) * (levels - 1))
+    inverted = data.load(str(tmp_path / "in"), tmp_path, levels=levels, value_range=(1, 0))
+    assert np.array_equal(everything(inverted), in_order([1 - mask for mask in masks]) * (levels - 1))
+
+
+@pytest.mark.parametrize("kind", ["16-bit PNG", "16-bit TIFF", "float TIFF", "float arrays"])
+def test_a_value_range_gives_the_pixels_of_8_bit_files(tmp_path, capsys, kind):
+    scenes = [blob(8, 10, seed) for seed in range(30)]
+    for i, scene in enumerate(scenes):
+        if kind == "float arrays":
+            (tmp_path / "in").mkdir(exist_ok=True)
+            np.save(tmp_path / "in" / f"{i}.npy", 4095 * scene)
+        else:
+            save(tmp_path / "in" / f"{i}.{kind[-4:].strip().lower()}",
+                 (4095 * scene).astype(np.float32) if "float" in kind else (4095 * scene).astype(np.uint16))
+    try:
+        data.load(str(tmp_path / "in"), tmp_path)
+        said = capsys.readouterr().err
+        assert "of 0 to 65535, its values go from" in said
+    except UserError as error:
+        said = str(error)
+    assert "--value_range" in said and ("float" in kind) == ("of 0 to" not in said)
+    read = everything(data.load(str(tmp_path / "in"), tmp_path, value_range=(0, 4095)))
+    expected = in_order([(255 * scene).round().astype(np.uint8) for scene in scenes])
+    assert len(read) == 30 and abs(np.sort(read.astype(int).ravel()) - np.sort(expected.ravel())).max() <= 1
+    assert len(np.unique(read)) > 200
+
+
+def test_values_in_a_small_part_of_their_range_are_said(tmp_path, capsys):
+    for i in range(20):
+        save(tmp_path / "dark" / f"{i}.png", (31 * blob(8, 8, i)).astype(np.uint8))
+        save(tmp_path / "bright" / f"{i}.png", (200 * blob(8, 8, i)).astype(np.uint8))
+    data.load(str(tmp_path / "dark"), tmp_path)
+    assert "of 0 to 255, its values go from" in capsys.readouterr().err
+    data.load(str(tmp_path / "bright"), tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_every_format_of_pillow_is_read_and_the_rest_counted(tmp_path, capsys):
+    kinds = [".png", ".jfif", ".jp2", ".tga", ".pcx", ".ico", ".sgi", ".dib", ".JPE"]
+    kinds += [suffix for suffix in (".avif",) if suffix in files.suffixes()]
+    for i, suffix in enumerate(kinds * 4):
+        save(tmp_path / "in" / f"{i}{suffix}", (255 * blob(32, 32, i)).astype(np.uint8))
+    for name in ("a.txt", "b.txt", "c.csv", "README", ".hidden", "Thumbs.db"):
+        (tmp_path / "in" / name).write_text("no image")
+    assert len(everything(data.load(str(tmp_path / "in"), tmp_path, image_size=(16, 16)))) == 4 * len(kinds)
+    said = capsys.readouterr().err
+    assert "2 .txt" in said and "1 .csv" in said and "1 no suffix" in said and "db" not in said
+
+
+def test_pages_of_a_tiff_are_images_and_of_an_animation_only_the_first(tmp_path, capsys):
+    stored = [(255 * blob(8, 10, seed)).astype(np.uint8) for seed in range(140)]
+    images = [Image.fromarray(image) for image in stored]
+    (tmp_path / "in").mkdir()
+    for i in range(12):
+        images[10 * i].save(tmp_path / "in" / f"{i}.tif", save_all=True,
+                            append_images=images[10 * i + 1:10 * i + 10])
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert np.array_equal(everything(read), in_order(stored[:120])) and capsys.readouterr().err == ""
+    for i in range(2):
+        images[120 + 10 * i].save(tmp_path / "in" / f"{i}.gif", save_all=True,
+                                  append_images=images[121 + 10 * i:130 + 10 * i])
+    assert len(everything(data.load(str(tmp_path / "in"), tmp_path))) == 122
+    assert "2 images are of several frames" in capsys.readouterr().err
+
+
+def test_links_are_followed_and_circles_are_not(tmp_path):
+    ImageFolder = datasets.import_torchvision().datasets.ImageFolder
+    for i in range(42):
+        picture(tmp_path / ("elsewhere" if i >= 12 else "in/a") / f"{i}.png", seed=i)
+    (tmp_path / "in" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    assert len(ImageFolder(tmp_path / "in")) == 42
+    (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in" / "a")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in")
+    assert len(everything(data.load(str(tmp_path / "in"), tmp_path))) == 42
+
+
+def test_a_fourth_band_is_said(tmp_path, capsys):
+    for i in range(20):
+        bands = np.random.default_rng(i).integers(1, 255, (8, 8, 4)).astype(np.uint8)
+        (tmp_path / "x").mkdir(exist_ok=True)
+        Image.fromarray(bands, "RGBX").save(tmp_path / "x" / f"{i}.tif")
+        save(tmp_path / "alpha" / f"{i}.png", bands)
+    read = everything(data.load(str(tmp_path / "x"), tmp_path))
+    assert read.shape == (20, 3, 8, 8) and "20 images have a fourth band" in capsys.readouterr().err
+    assert read[0].tobytes() in {np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1).tobytes()
+                                 for path in (tmp_path / "x").iterdir()}
+    data.load(str(tmp_path / "alpha"), tmp_path)
+    assert "20 images have transparent parts" in capsys.readouterr().err
+    np.save(tmp_path / "bands.npy", np.arange(20 * 8 * 8 * 4).reshape(20, 8, 8, 4).astype(np.uint8))
+    assert data.load(str(tmp_path / "bands.npy"), tmp_path).shape == (3, 8, 8)
+    assert "20 images have a fourth band" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("small, big, size", [
+    ((4000, 3000), (3000, 4000), "64 64"), ((4000, 3000), (4000, 2000), "64 48"),
+    ((30, 24), (30, 20), "30 24")])
+def test_the_size_in_the_advice_is_one_that_can_be_learned(tmp_path, small, big, size):
+    for i, (height, width) in enumerate([small, small, big]):
+        save(tmp_path / "in" / f"{i}.jpg", np.zeros((height, width), np.uint8))
+    with pytest.raises(UserError, match=f"--image_size {size}, for example"):
+        data.load(str(tmp_path / "in"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_large_photos_are_decoded_and_read_in_bounded_memory(tmp_path):
+    scene = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3)).astype(np.uint8)
+    for i in range(300):
+        save(tmp_path / "in" / f"{i}.jpg", np.roll(scene, i, 0))
+    code = """
+import re, threading, time, data
+def own():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+before, peak, done = own(), [0], []
+def watch():
+    while not done:
+        peak[0] = max(peak[0], own())
+        time.sleep(0.01)
+thread = threading.Thread(target=watch)
+thread.start()
+read = data.load("in", ".")
+decoded = peak[0] - before
+for index in __import__("torch").arange(len(read.train)).split(8):
+    read.train.batch(index)
+done.append(1)
+thread.join()
+print(decoded, peak[0] - before)
+"""
+    where = {**os.environ, "PYTHONPATH": os.path.dirname(data.__file__)}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True,
+                         text=True, env=where).stdout
+    assert max(map(float, out.split())) < 300, out
+
+
+def medmnist(path, shape, n=(70, 10, 20), classes=3):
+    generator, arrays = np.random.default_rng(1), {}
+    for name, count in zip(("train", "val", "test"), n):
+        arrays[f"{name}_images"] = generator.integers(0, 256, (count, *shape)).astype(np.uint8)
+        arrays[f"{name}_labels"] = (np.arange(count) % classes)[:, None].astype(np.uint8)
+    np.savez_compressed(path, **arrays)
+    return arrays
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (64, 64, 3)])
+def test_files_in_medmnists_layout(tmp_path, shape):
+    arrays = medmnist(tmp_path / "pneumoniamnist.npz", shape)
+    read = data.load(str(tmp_path / "pneumoniamnist.npz"), tmp_path)
+    assert [len(part) for part in (read.train, read.val, read.test)] == [70, 10, 20]
+    assert read.classes == ["0", "1", "2"] and read.shape == (shape[2] if shape[2:] else 1, *shape[:2])
+    for name, part in (("val", read.val), ("test", read.test)):
+        images = arrays[f"{name}_images"]
+        assert np.array_equal(pixels(part), np.moveaxis(images, 3, 1) if shape[2:] else images[:, None])
+        assert part.labels.tolist() == arrays[f"{name}_labels"][:, 0].tolist()
+
+
+@pytest.mark.parametrize("shape, stored", [
+    ((30, 9, 12), (1, 9, 12)), ((30, 9, 12, 1), (1, 9, 12)), ((30, 9, 12, 3), (3, 9, 12)),
+    ((30, 3, 9, 12), (3, 9, 12)), ((30, 1, 9, 12), (1, 9, 12))])
+@pytest.mark.parametrize("name", ["in.npy", "in.npz"])
+def test_arrays_of_every_shape(tmp_path, shape, stored, name):
+    array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    np.save(tmp_path / name, array) if name == "in.npy" else np.savez(tmp_path / name, faces=array)
+    read = data.load(str(tmp_path / name), tmp_path)
+    images = array.reshape(30, 9, 12, -1).transpose(0, 3, 1, 2) if shape[1] == 9 else array
+    assert read.shape == stored and read.classes == []
+    assert np.array_equal(everything(read), np.array(sorted(images, key=lambda image: image.tobytes())))
+
+
+def test_types_of_arrays_and_where_black_and_white_are_plain(tmp_path):
+    scenes = np.stack([blob(9, 12, i) for i in range(30)])
+    expected = in_order((255 * scenes).round().astype(np.uint8))
+    for name, array, value_range in [
+            ("unit", scenes, None), ("float", (255 * scenes).round().astype(np.float32), None),
+            ("int", (255 * scenes).round().astype(np.int64), None),
+            ("fortran", np.asfortranarray(scenes), None), ("signed", 2 * scenes - 1, (-1, 1)),
+            ("sixteen", (65535 * scenes).astype(np.uint16), (0, 65535))]:
+        np.save(tmp_path / f"{name}.npy", array)
+        read = everything(data.load(str(tmp_path / f"{name}.npy"), tmp_path, value_range=value_range))
+        assert abs(np.sort(read.astype(int).ravel()) - np.sort(expected.ravel())).max() <= 1, name
+    with pytest.raises(UserError, match="--value_range -1 0.99"):
+        data.load(str(tmp_path / "signed.npy"), tmp_path)
+    np.save(tmp_path / "bool.npy", scenes > 0.5)
+    assert set(np.unique(everything(data.load(str(tmp_path / "bool.npy"), tmp_path, levels=2)))) == {0, 1}
+
+
+@pytest.mark.parametrize("arrays, message", [
+    ({"x_train": np.zeros((20, 3, 9, 3), np.uint8)}, "both the second and the last"),
+    ({"x": np.zeros((20, 100), np.uint8)}, "20x100; images are N x height x width"),
+    ({"x": np.zeros((20, 9, 9, 7), np.uint8)}, "with 1, 3 or 4 channels"),
+    ({"x": np.array([{"a": 1}] * 20)}, "allow_pickle"),
+    ({"x": np.full((20, 9, 9), "a")}, "not numbers"),
+    ({"faces": np.zeros((20, 9, 9)), "ages": np.zeros(20)}, "its keys are faces, ages"),
+    ({"x": np.zeros((20, 9, 9), np.uint8), "y": np.zeros(19, int)}, "20 images, but 19 labels"),
+    ({"x": np.full((20, 9, 9), np.nan)}, "no value in it is finite")])
+def test_arrays_that_cannot_be_used(tmp_path, arrays, message):
+    np.savez(tmp_path / "in.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        data.load(str(tmp_path / "in.npz"), tmp_path)
+
+
+@pytest.mark.parametrize("labels, classes", [
+    (np.arange(30) % 3, ["0", "1", "2"]), ((np.arange(30) % 3)[:, None], ["0", "1", "2"]),
+    (np.eye(3)[np.arange(30) % 3], ["0", "1", "2"]),
+    (np.array(["cat", "dog", "eel"] * 10), ["cat", "dog", "eel"]),
+    (np.array([1.0, 5.0, 7.0] * 10), ["1", "5", "7"]), (np.linspace(0, 1, 30), []),
+    (np.random.default_rng(0).integers(0, 2, (30, 14)), [])])
+def test_labels_of_arrays(tmp_path, capsys, labels, classes):
+    images = np.arange(30, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    np.savez(tmp_path / "in.npz", images=images, labels=labels, extra=np.zeros(3))
+    read = data.load(str(tmp_path / "in.npz"), tmp_path)
+    assert read.classes == classes
+    said = capsys.readouterr().err
+    assert "left out: extra" in said and ("which are no classes" in said) == (not classes)
+    for part in (read.train, read.val, read.test) if classes else ():
+        assert part.labels.tolist() == [int(i) % 3 for i in pixels(part)[:, 0, 0, 0]]
+
+
+def test_a_validation_folder_is_the_validation_split(tmp_path):
+    for split, n in (("train", 20), ("valid", 7)):
+        for i in range(n):
+            picture(tmp_path / "in" / split / "ab"[i % 2] / f"{i}.png", seed=i + 100 * n)
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert [len(part) for part in (read.train, read.val, read.test)] == [18, 7, 2]
+    assert read.classes == ["a", "b"]
+    for i in range(5):
+        picture(tmp_path / "in" / "test" / f"{i}.png", seed=i)
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert [len(part) for part in (read.train, read.val, read.test)] == [20, 7, 5]
+    assert read.classes == ["a", "b", "unlabelled"] and read.test.labels.tolist() == [2] * 5
+
+
+def test_a_test_folder_with_other_classes_is_used(tmp_path, capsys):
+    for split, names in (("train", ["good"]), ("test", ["good", "scratch"])):
+        for name in names:
+            for i in range(12):
+                picture(tmp_path / "in" / split / name / f"{i}.png", seed=i)
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert read.classes == ["good", "scratch"] and read.test.labels.bincount().tolist() == [12, 12]
+    assert "not the same classes" in capsys.readouterr().err
+    status, error = outcome(train.main, ["--dataset", tmp_path / "in", "--conditional"], capsys)
+    assert status == 1 and "scratch" in error and "train without --conditional" in error
+
+
+def test_small_splits_have_each_class_in_proportion(tmp_path):
+    for i in range(60):
+        picture(tmp_path / "in" / "ab"[i % 3 == 0] / f"{i}.png", seed=i)
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    counts = [part.labels.bincount(minlength=2).tolist() for part in (read.train, read.val, read.test)]
+    assert counts == [[32, 16], [4, 2], [4, 2]]
