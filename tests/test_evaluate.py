@@ -175,7 +175,7 @@ def test_without_a_likelihood_it_says_how_to_get_one(folder, workplace, capsys):
     fit(folder, epochs=1)
     infer.main(["--evaluate"])
     said = capsys.readouterr().out
-    assert "no NLL: mse is no likelihood of discrete pixels; train with --recon_loss logistic" in said
+    assert "no NLL: gaussian is no likelihood of discrete pixels; train with --recon_loss logistic" in said
 
 
 @pytest.mark.slow

@@ -445,7 +445,7 @@ def test_a_validation_folder_is_the_validation_split(tmp_path):
     assert read.classes == ["a", "b", "unlabelled"] and read.test.labels.tolist() == [2] * 5
 
 
-def test_a_test_folder_with_other_classes_is_used(tmp_path, capsys):
+def test_a_test_folder_with_other_classes_is_used(tmp_path, capsys, workplace):
     for split, names in (("train", ["good"]), ("test", ["good", "scratch"])):
         for name in names:
             for i in range(12):

@@ -46,7 +46,8 @@ class LinearGaussian(model.VAE):
     """
     def __init__(self, prior):
         torch.manual_seed(0)
-        super().__init__((1, 8, 8), 256, "mlp", 3, hidden_dims=[4], prior=prior, prior_layers=2)
+        super().__init__((1, 8, 8), 256, "mlp", 3, hidden_dims=[4], recon_loss="mse", prior=prior,
+                         prior_layers=2)
         self.likelihood = GaussianOfFixedScale()
         self.double().w = 0.3 * double(64, 3)
         self.mean, self.std = torch.zeros(3).double(), torch.ones(3).double()

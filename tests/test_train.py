@@ -140,7 +140,7 @@ def test_training_learns_and_grad_clip_bites(folder, workplace):
 
 
 def test_collapse_is_reported(folder, workplace, capsys):
-    collapse = "--target_beta_val=1000", "--lr=1e-2"
+    collapse = "--target_beta_val=1000", "--lr=1e-2", "--recon_loss=mse"
     fit(folder, *collapse, epochs=20)
     said = capsys.readouterr().out
     assert "collapsed" in said and "failed" not in said
