@@ -96,14 +96,14 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
         crc32 = 0
         for array in (*train, *test):
             crc32 = zlib.crc32(array, crc32)
-        splits = split(train, None, test, levels, limit)
+        splits = split(train, None, test, levels, limit, proportional=False)
     else:
         parts, classes, crc32, ends, fix = read_own(Path(dataset), data_dir, image_size, transform,
                                                     value_range, progress_bar)
         if len(quantize(torch.tensor(ends, dtype=torch.uint8), levels).unique()) < 2:
             raise UserError(f"{dataset}: every pixel would have the same of {levels} levels; {fix}")
         train = parts[0]
-        splits = split(*(part if len(part[0]) else None for part in parts), levels, limit)
+        splits = split(*(part if len(part[0]) else None for part in parts), levels, limit, proportional=True)
     if not all(map(len, splits)):
         raise UserError(f"{dataset}: {' + '.join(str(len(part)) for part in splits)} images for training, "
                         "validation and test; each needs at least one, so give it ten or more")
@@ -121,15 +121,17 @@ def dataset_problem(name):
     return f"{name!r} is neither one of {', '.join(DATASETS)} nor a folder nor an array file (.npy, .npz)"
 
 
-def split(train, val, test, levels, limit):
+def split(train, val, test, levels, limit, proportional):
     """Arrays (images, labels) → the training, validation and test split. Without validation images (None) a
     random tenth of the training images is taken for them, and without test images another tenth.
+
+    proportional: whether each of these has images of each class in proportion
     """
     images, labels = map(torch.from_numpy, train[:2])
     names = train[2] if len(train) > 2 else None
     # One permutation for all runs, so that the validation figures of all seeds are about the same images.
     order, tenth = torch.randperm(len(images), generator=torch.Generator().manual_seed(42)), len(images) // 10
-    if tenth < 1000:  # so few that chance could leave a class out
+    if proportional:
         order = in_proportion(order, labels)
     splits = []
     for part in (test, val):
@@ -144,10 +146,11 @@ def split(train, val, test, levels, limit):
 
 def in_proportion(order, labels):
     """The indices `order`, moved so that any stretch of them has images of each class in proportion."""
+    labels = labels[order]
+    by_class, counts = labels.argsort(stable=True), labels.bincount()
+    rank = torch.arange(len(order)) - (counts.cumsum(0) - counts)[labels[by_class]]  # within the class
     place = torch.empty(len(order), dtype=torch.float64)
-    for label in labels.unique():
-        here = labels[order] == label
-        place[here] = (torch.arange(int(here.sum()), dtype=torch.float64) + 0.5) / here.sum()
+    place[by_class] = (rank.double() + 0.5) / counts[labels[by_class]]
     return order[place.argsort(stable=True)]
 
 
