@@ -208,7 +208,7 @@ class UntypedValues(ValueError):
     """Numbers of a type that does not say which values are black and white"""
 
 
-def to_bytes(values, value_range, found):
+def to_bytes(values, value_range, found, untyped=None):
     """Values of any type → uint8 intensities 0 … 255: LOW of the value range becomes 0 and HIGH 255. Without
     a value range uint8 stays as it is and uint16 keeps its upper 8 bits. Raises UntypedValues for any other.
     """
@@ -219,6 +219,7 @@ def to_bytes(values, value_range, found):
         found.kinds["not finite"] += 1
         values = np.where(np.isfinite(values), values, np.nan)
     found.look(values, top)
+    value_range = value_range or (untyped if top is None else None)
     if value_range:
         low, high = value_range
         scaled = (values.astype(np.float64) - low) * (255 / (high - low))
@@ -522,6 +523,7 @@ def read_arrays(path, writer, image_size, value_range, progress_bar):
     def blocks(stack):
         step = max(1, BYTES // 4 // max(1, stack[:1].nbytes))
         return (slice(first, first + step) for first in range(0, len(stack), step))
+    guessed = None  # the range of numbers without one of their type; others keep theirs
     untyped = [stack for stack in stacks if stack is not None and stack.dtype.kind != "b"
                and stack.dtype not in (np.uint8, np.uint16)]
     if untyped and not value_range:
@@ -529,13 +531,13 @@ def read_arrays(path, writer, image_size, value_range, progress_bar):
         for stack in untyped:
             for block in blocks(stack):
                 to_bytes(stack[block], (0, 1), found)  # for the range that it finds
-        value_range = plain_range(found, path)
+        guessed = plain_range(found, path)
     total = sum(len(stack) for stack in stacks if stack is not None)
     with tqdm(total=total, desc="reading", leave=False, disable=not progress_bar) as bar:
         for split, (stack, of_split) in enumerate(zip(stacks, labels)):
             for block in blocks(stack) if stack is not None else ():
-                images = [finish_image(to_bytes(image, value_range, writer.found), image_size, writer.found)
-                          for image in stack[block]]
+                images = [finish_image(to_bytes(image, value_range, writer.found, guessed), image_size,
+                                       writer.found) for image in stack[block]]
                 writer.append(images, of_split[block], split)
                 writer.flush()
                 bar.update(len(images))

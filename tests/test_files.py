@@ -463,3 +463,11 @@ def test_small_splits_have_each_class_in_proportion(tmp_path):
     read = data.load(str(tmp_path / "in"), tmp_path)
     counts = [part.labels.bincount(minlength=2).tolist() for part in (read.train, read.val, read.test)]
     assert counts == [[32, 16], [4, 2], [4, 2]]
+
+
+def test_floats_beside_bytes_leave_these_as_they_are(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)
+    np.savez(tmp_path / "in.npz", x_train=grey, x_test=(grey / 255).astype(np.float32)[:5])
+    read = data.load(str(tmp_path / "in.npz"), tmp_path)
+    assert np.array_equal(pixels(read.test)[:, 0], grey[:5])
+    assert {image.tobytes() for image in pixels(read.train)[:, 0].numpy()} < {i.tobytes() for i in grey}
