@@ -58,6 +58,7 @@ class Data:
     shape: (C, H, W); levels: a pixel is an integer from 0 to levels - 1
     classes: names, in the order of the labels; empty if the dataset has no classes
     crc32: of the images and labels as they are stored
+    untyped: the value range taken for numbers whose type has none, see files.read_own
     """
     train: Split
     val: Split
@@ -66,11 +67,13 @@ class Data:
     levels: int
     classes: list
     crc32: int
+    untyped: list | None = None
 
     def about(self):
         """What a checkpoint keeps of the data."""
         return {"shape": list(self.shape), "levels": self.levels, "classes": self.classes,
-                "images": [len(self.train), len(self.val), len(self.test)], "crc32": self.crc32}
+                "images": [len(self.train), len(self.val), len(self.test)], "crc32": self.crc32,
+                "untyped": self.untyped}
 
 
 def load(dataset, data_dir="data", image_size=None, levels=256, binarize="threshold", transform="none",
@@ -93,16 +96,16 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
             train, test = ((resize(images, image_size), labels) for images, labels in (train, test))
         if transform != "none":
             train, test = ((grayscale(images, transform), labels) for images, labels in (train, test))
-        crc32 = 0
+        crc32, untyped = 0, None
         for array in (*train, *test):
             crc32 = zlib.crc32(array, crc32)
         splits = split(train, None, test, levels, limit, proportional=False)
     else:
-        parts, classes, crc32, ends, fix = read_own(Path(dataset), data_dir, image_size, transform,
-                                                    value_range, progress_bar)
-        if len(quantize(torch.tensor(ends, dtype=torch.uint8), levels).unique()) < 2:
-            raise UserError(f"{dataset}: every pixel would have the same of {levels} levels; {fix}")
-        train = parts[0]
+        parts, classes, crc32, report = read_own(Path(dataset), data_dir, image_size, transform, value_range,
+                                                 progress_bar)
+        if len(quantize(torch.tensor(report["intensities"], dtype=torch.uint8), levels).unique()) < 2:
+            raise UserError(f"{dataset}: every pixel would have the same of {levels} levels; {report['fix']}")
+        train, untyped = parts[0], report["untyped"]
         splits = split(*(part if len(part[0]) else None for part in parts), levels, limit, proportional=True)
     if not all(map(len, splits)):
         raise UserError(f"{dataset}: {' + '.join(str(len(part)) for part in splits)} images for training, "
@@ -110,7 +113,8 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     if levels == 2 and binarize == "stochastic":
         splits[0].stochastic = True
         splits[1:] = fixed_draw(splits[1], "val"), fixed_draw(splits[2], "test")
-    return Data(*on_device(splits, torch.device(device)), tuple(train[0].shape[1:]), levels, classes, crc32)
+    return Data(*on_device(splits, torch.device(device)), tuple(train[0].shape[1:]), levels, classes, crc32,
+                untyped)
 
 
 def dataset_problem(name):
@@ -173,13 +177,15 @@ def fixed_draw(split, name):
     return Split(255 * levels, everything, labels, split.levels, names=names)
 
 
-def own_images(paths, shape, levels, value_range, device):
-    """Image files, folders of them or .npy files of any size, brought to the shape (C, H, W) of a model
+def own_images(paths, about, transform="none", value_range=None, device="cpu"):
+    """Image files, folders of them or .npy files of any size, as the images that a model was trained on.
+
+    about: of these, as Data.about returns it
     → a Split without classes, whose labels are 0. Raises UserError if one cannot be read.
     """
-    images, names = read_paths(paths, shape, value_range)
+    images, names = read_paths(paths, about["shape"], transform, value_range, about.get("untyped"))
     return Split(torch.from_numpy(images), torch.arange(len(images)),
-                 torch.zeros(len(images), dtype=torch.long, device=device), levels, names=names)
+                 torch.zeros(len(images), dtype=torch.long, device=device), about["levels"], names=names)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import re
 import numpy as np
 import torch
 
+from cli import UserError
 from evaluate import each_image
 from runs import atomic_write, describe_checkpoint
 from utils import stream
@@ -47,6 +48,10 @@ def export_samples(subject, n):
     """
     from PIL import Image
     model, folder = subject.model, subject.folder / "samples"
+    if folder.exists():
+        raise UserError(f"{folder} holds samples already; delete it, or take another --results_dir")
+    names = [re.sub(r"[^\w-]+", "_", name) for name in subject.about["classes"]]
+    names = [name if names.count(name) == 1 else f"{name}_{label}" for label, name in enumerate(names)]
     generator, labels = stream(subject.args.seed, "export"), subject.even_labels(n)
     for index in torch.arange(n).split(model.max_batch):
         asked = None if labels is None else labels[index]
@@ -54,7 +59,7 @@ def export_samples(subject, n):
         shown = levels / subject.scale if model.likelihood.is_discrete else mean
         pixels = (shown * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for i, image in zip(index.tolist(), pixels):
-            name = "" if labels is None else re.sub(r"[^\w-]+", "_", subject.about["classes"][labels[i]])
+            name = "" if labels is None else names[labels[i]]
             path = folder / name / f"{i:0{len(str(n - 1))}d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(path)

@@ -7,6 +7,7 @@ Whatever is left out or reinterpreted is counted, and each kind is said in one l
 import hashlib
 import json
 import os
+import re
 import sys
 import warnings
 import zlib
@@ -34,7 +35,8 @@ def read_own(path, data_dir, image_size=None, transform="none", value_range=None
     value_range: the values (LOW, HIGH) that become black and white; None: those of the file's type
     → [training, validation, test] images uint8 [N, C, H, W], labels [N] and names of files [N] (of an array
     file none), where splits that the folder or file does not tell apart are empty; class names; the CRC-32 of
-    all images and labels; their lowest and highest intensity, and a line about how to change these
+    all images and labels; a report: "intensities", the lowest and the highest; "fix", a line about how to
+    change these; "untyped", the value range taken for numbers whose type has none, or None
 
     Raises UserError if the images cannot be used.
     """
@@ -53,7 +55,7 @@ def read_own(path, data_dir, image_size=None, transform="none", value_range=None
         raise UserError(f"{path} is neither one of {', '.join(DATASETS)} nor a folder of images nor an array "
                         "file")
     key = "-".join(hashlib.sha256(part).hexdigest()[:8] for part in (
-        os.fsencode(path.resolve()), repr([5, image_size, transform, value_range, stamp]).encode()))
+        os.fsencode(path.resolve()), repr([6, image_size, transform, value_range, stamp]).encode()))
 
     def make(out):
         writer = Writer(out[0], transform)
@@ -68,7 +70,7 @@ def read_own(path, data_dir, image_size=None, transform="none", value_range=None
         print(line, file=sys.stderr)
     ends = np.cumsum([0, *counts])
     parts = [(images[a:b], labels[a:b], names[a:b] if len(names) else None) for a, b in zip(ends, ends[1:])]
-    return parts, report["classes"], int(crc32), report["intensities"], report["fix"]
+    return parts, report["classes"], int(crc32), report
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -95,6 +97,11 @@ def list_splits(root, said):
     subfolders = {folder.name.lower(): folder for folder in sorted(root.iterdir()) if folder.is_dir()}
     train, val, test = (next((subfolders[name] for name in names if name in subfolders), None)
                         for names in SPLITS)
+    for folder in subfolders.values() if not (train and (val or test)) else ():
+        inner = {name.name.lower() for name in folder.iterdir() if name.is_dir()}
+        if inner & set(SPLITS[0]) and inner & {*SPLITS[1], *SPLITS[2]}:
+            raise UserError(f"{printable(root)}: its folder {printable(folder.name)}/ holds splits "
+                            f"({few(sorted(inner))}); give {printable(folder)} as the dataset")
     if not (train and (val or test)):
         folders = {name for name, folder in subfolders.items() if list_images(folder, [])}
         if folders and folders <= {name for names in SPLITS for name in names}:
@@ -105,17 +112,25 @@ def list_splits(root, said):
     else:
         parts = [part for part in (train, val, test) if part]
         both = ", ".join(f"{printable(part.name)}/" for part in parts)
-        others = {printable(path.name) for path in root.iterdir() if list_images(path, [])} \
-            - {printable(part.name) for part in parts}
+        others = [f"{printable(path.name)}/" for path in sorted(root.iterdir())
+                  if path not in parts and list_images(path, [])]
+        loose = sum(path.suffix.lower() in suffixes() for path in root.iterdir() if path.is_file())
+        others += [f"{loose} images"] * bool(loose)
         if others:
-            said.append(f"{printable(root)}: left out: beside {both}, {', '.join(sorted(others))}")
+            said.append(f"{printable(root)}: left out: beside {both}, {few(others)}")
         by_class = [list_images(part, said) if part else {} for part in (train, val, test)]
+        if not by_class[0]:
+            raise UserError(f"{printable(train)} holds no images that can be read")
+        for part, files in zip((train, val, test), by_class):
+            if part and not files:
+                said.append(f"{printable(part)} holds no images: a random tenth of the training images takes "
+                            "its place")
         if len({tuple(part) for part in by_class if part}) > 1:
             said.append(f"{printable(root)}: not the same classes in {both} (" + "; ".join(
-                ", ".join(name or "none" for name in part) for part in by_class if part) + ")")
-    names = list(dict.fromkeys(name for part in by_class for name in part))
-    classes = [] if names in ([], [""]) else [name or UNLABELLED for name in names]
-    return [[(path, names.index(name)) for name, files in part.items() for path in files]
+                few(name or "none" for name in part) for part in by_class if part) + ")")
+    number = {name: i for i, name in enumerate(dict.fromkeys(name for part in by_class for name in part))}
+    classes = [] if set(number) <= {""} else [name or UNLABELLED for name in number]
+    return [[(path, number[name]) for name, files in part.items() for path in files]
             for part in by_class], classes
 
 
@@ -166,8 +181,15 @@ def list_images(root, said):
 
 
 def printable(path):
-    """A path as text, even if its name holds bytes that are no text."""
-    return os.fsencode(path).decode(errors="replace")
+    """A path as text of one line, even if its name holds bytes that are no text."""
+    text = os.fsencode(path).decode(errors="replace")
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def few(names, most=8):
+    """The first names, for a line"""
+    names = list(names)
+    return ", ".join(names[:most]) + ", …" * (len(names) > most)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -177,15 +199,20 @@ def printable(path):
 class Found:
     """What was found in files: the ranges of values, by the highest value of their type (None for a type
     without one), and how many images of each kind a line is said about.
+
+    untyped: the value range to take for numbers whose type has none
     """
+    untyped: tuple | None = None
     ranges: dict = field(default_factory=dict)
     kinds: Counter = field(default_factory=Counter)
 
     def look(self, values, top):
         """Remember the range of an array's values; NaN does not count."""
-        if np.isnan(values).all():
+        if values.dtype.kind == "f":
+            values = values[~np.isnan(values)]
+        if not values.size:
             return
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        low, high = float(values.min()), float(values.max())
         before = self.ranges.get(top, (low, high))
         self.ranges[top] = min(low, before[0]), max(high, before[1])
 
@@ -199,7 +226,7 @@ LINES = {
     "frames": "are of several frames or layers, of which only the first is used",
     "transparent": "have transparent parts, which become white; if the fourth band is something else (near "
                    "infrared?), save the other three without it",
-    "fourth band": "have a fourth band, which is left out",
+    "more bands": "have more bands than can be used, which are left out",
     "not finite": "hold values that are not finite, which become black",
 }
 
@@ -208,10 +235,12 @@ class UntypedValues(ValueError):
     """Numbers of a type that does not say which values are black and white"""
 
 
-def to_bytes(values, value_range, found, untyped=None):
+def to_bytes(values, value_range, found):
     """Values of any type → uint8 intensities 0 … 255: LOW of the value range becomes 0 and HIGH 255. Without
-    a value range uint8 stays as it is and uint16 keeps its upper 8 bits. Raises UntypedValues for any other.
+    a value range uint8 stays as it is, uint16 keeps its upper 8 bits, and other numbers have that of
+    found.untyped; if that is None, they raise UntypedValues.
     """
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype == bool:
         values = values.astype(np.uint8) * 255
     top = np.iinfo(values.dtype).max if values.dtype in (np.uint8, np.uint16) else None
@@ -219,7 +248,7 @@ def to_bytes(values, value_range, found, untyped=None):
         found.kinds["not finite"] += 1
         values = np.where(np.isfinite(values), values, np.nan)
     found.look(values, top)
-    value_range = value_range or (untyped if top is None else None)
+    value_range = value_range or (found.untyped if top is None else None)
     if value_range:
         low, high = value_range
         scaled = (values.astype(np.float64) - low) * (255 / (high - low))
@@ -272,7 +301,7 @@ def as_stack(array, single):
             return np.moveaxis(stack, 1, 3)
         if last:
             return stack
-    if stack.ndim == 3:
+    if stack.ndim == 3 and 0 not in stack.shape[1:]:
         return stack
     raise ValueError(f"its shape is {'x'.join(map(str, shape))}; images are N x height x width, with 1, 3 or "
                      "4 channels last or second")
@@ -281,7 +310,7 @@ def as_stack(array, single):
 def finish_image(pixels, image_size, found):
     """uint8 [H, W] or [H, W, C] → [H, W] or [H, W, 3] of the image size"""
     if pixels.ndim == 3 and pixels.shape[2] == 4:
-        found.kinds["fourth band"] += 1
+        found.kinds["more bands"] += 1
         pixels = pixels[..., :3]
     elif pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
@@ -301,15 +330,19 @@ def to_array(image, image_size, value_range, found):
         found.kinds["frames"] += 1
     # Pillow opens a TIFF of RGB and one more band as RGB
     more_bands = image.mode == "RGBX" or kind == "TIFF" and image.tag_v2.get(277, 1) > len(image.getbands())
+    unsigned = kind == "TIFF" and image.mode == "I" and image.tag_v2.get(339) == (1,)  # Pillow's I is signed
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
-        if image.mode.startswith("I;16") or kind in ("PNG", "PPM"):  # some versions open 16 bits as 32
+        if unsigned:
+            values = values.view(np.uint32)
+        elif image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM"):
+            # some versions open 16 bits as 32
             values = values.clip(0, 65535).astype(np.uint16)
         return finish_image(to_bytes(values, value_range, found), image_size, found)
     grey, palette = image.mode in ("1", "L", "LA", "La"), image.mode in ("P", "PA")
     if more_bands:
-        found.kinds["fourth band"] += 1
+        found.kinds["more bands"] += 1
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
@@ -355,8 +388,8 @@ def read_images(path, part, image_size, value_range, found):
         for page in part:
             if page:
                 image.seek(page)
-            if image.format == "TIFF" and image.tag_v2.get(254, 0) & 1:  # a smaller copy of another page
-                continue
+            if page and image.format == "TIFF" and image.tag_v2.get(254, 0) & 1:
+                continue  # a smaller copy of another page
             images.append(to_array(image, image_size, value_range, found))
     return images
 
@@ -374,9 +407,11 @@ def read_folder(root, splits, writer, image_size, value_range, progress_bar):
             items += [(path, label, split, range(first, min(first + step, pages)))
                       for first in range(0, pages, step)]
 
+    untyped = None
+
     def read(item, value_range=value_range):
         path, _, _, part = item
-        found = Found()
+        found = Found(untyped)
         try:
             return read_images(path, part, image_size, value_range, found), found, None
         except MemoryError:
@@ -389,13 +424,15 @@ def read_folder(root, splits, writer, image_size, value_range, progress_bar):
           tqdm(total=len(items), desc="decoding", leave=False, disable=not progress_bar) as bar):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning)  # of damaged metadata
-        if not value_range:
-            value_range = untyped_range(root, items, read, pool)
         position, block = 0, workers
         while position < len(items):
             done = items[position:position + block]
-            for (path, label, split, part), (images, found, error) in zip(
-                    done, pool.map(lambda item: read(item, value_range), done)):
+            results = list(pool.map(read, done))
+            if any(isinstance(error, UntypedValues) for _, _, error in results):
+                # such as 32-bit TIFFs: all files are decoded once more, to find the range of these
+                untyped = untyped_range(root, items, read, pool)
+                results = list(pool.map(read, done))
+            for (path, label, split, part), (images, found, error) in zip(done, results):
                 if error:
                     writer.unreadable.append((path, one_line(error)))
                 writer.found.add(found)
@@ -413,17 +450,14 @@ def read_folder(root, splits, writer, image_size, value_range, progress_bar):
         path, error = writer.unreadable[0]
         raise UserError(f"{printable(root)}: none of its {len(items)} image files can be read, such as "
                         f"{printable(path)} ({error})")
-    writer.files = len({path for path, *_ in items})
-    if splits[2] and not writer.counts[2]:
-        raise UserError(f"{printable(root)}: none of the image files in test/ can be read")
+    writer.found.untyped, writer.files = untyped, len({path for path, *_ in items})
+    for names, files, count in zip(SPLITS, splits, writer.counts):
+        if files and not count:
+            raise UserError(f"{printable(root)}: none of the image files in {names[0]}/ can be read")
 
 
 def untyped_range(root, items, read, pool):
-    """The value range of files of numbers without one, such as 32-bit TIFFs. For that all are decoded once
-    more. None if the first file has none of these. Raises UserError if it is not plain.
-    """
-    if not isinstance(read(items[0])[2], UntypedValues):
-        return None
+    """The value range of the numbers whose type has none. Raises UserError if it is not plain."""
     total = Found()
     for first in range(0, len(items), 64):
         for _, found, _ in pool.map(lambda item: read(item, (0, 1)), items[first:first + 64]):
@@ -441,45 +475,44 @@ def check_sizes(root, writer):
     if turned:
         height = width = min(a)
     scale = min(1, 64 / max(height, width))
-    height, width = (max(8, 8 * round(side * scale / 8)) if scale < 1 else side for side in (height, width))
+    height, width = (max(8, 8 * round(side * scale / 8) if scale < 1 else side) for side in (height, width))
     raise UserError(f"{printable(root)}: its images differ in size ({a[1]}x{a[0]} and {b[1]}x{b[0]}, among "
                     f"others); --image_size {height} {width}, for example, makes them all {height} pixels "
                     f"high and {width} wide")
 
 
-def read_paths(paths, shape, value_range):
+def read_paths(paths, shape, transform, value_range, untyped):
     """Image files and folders of them, brought to a shape (C, H, W) → uint8 [N, C, H, W], names of the files,
     bytes [N]. Raises UserError if one cannot be read.
+
+    untyped: the value range of numbers whose type has none
     """
-    files, images, names = [], [], []
+    files, images, names, said = [], [], [], []
     for path in paths:
         if not path.is_dir():
             files.append(path)
             continue
-        found = [file for part in list_images(path, []).values() for file in part]
+        found = [file for part in list_images(path, said).values() for file in part]
         if not found:
             raise UserError(f"{printable(path)} holds no images that can be read")
         files += found
-    found, ranges = Found(), Found()
+    found = Found(untyped)
     for path in files:
-        pages = range(count_images(path)[0])
         try:
-            try:
-                read = read_images(path, pages, shape[1:], value_range, found)
-            except UntypedValues:
-                read_images(path, pages, shape[1:], (0, 1), ranges)  # for the range that it finds
-                read = read_images(path, pages, shape[1:], plain_range(ranges, path), found)
-        except UserError:
-            raise
+            read = read_images(path, range(count_images(path)[0]), shape[1:], value_range, found)
+            if not read:
+                raise ValueError("it holds no image")
         except Exception as error:  # a damaged file may raise anything
             raise UserError(f"{printable(path)} cannot be read ({one_line(error)})")
         images += read
         names += [printable(path) + (f"#{page}" if len(read) > 1 else "") for page in range(len(read))]
-    for kind, count in found.kinds.items():
-        print(f"{count:,} images {LINES[kind]}", file=sys.stderr)
+    for line in [*said, *(f"{count:,} images {LINES[kind]}" for kind, count in found.kinds.items())]:
+        print(line, file=sys.stderr)
     colour = np.stack([image if image.ndim == 3 else image[..., None].repeat(3, 2) for image in images])
     colour = np.ascontiguousarray(colour.transpose(0, 3, 1, 2))
-    return colour if shape[0] == 3 else grayscale(colour, "grayscale"), np.array(
+    if transform == "none" and shape[0] == 1:
+        transform = "grayscale"
+    return colour if transform == "none" else grayscale(colour, transform), np.array(
         [name.encode() for name in names], "S")
 
 
@@ -503,6 +536,8 @@ def read_arrays(path, writer, image_size, value_range, progress_bar):
             if isinstance(file, np.ndarray):
                 file = {"images": file}
         keys = {key.lower(): key for key in file}
+        if len(keys) < len(file):
+            raise ValueError("some of its keys differ only in upper and lower case")
         parts = [tuple(next((keys.pop(name) for name in names if name in keys), None) for names in pair)
                  for pair in KEYS]
         if not any(images for images, _ in parts) and len(keys) == 1:
@@ -511,47 +546,52 @@ def read_arrays(path, writer, image_size, value_range, progress_bar):
             raise ValueError(f"its keys are {', '.join(file) or 'none'}; images and labels, for example, or "
                              "x_train and y_train are needed")
         stacks = [as_stack(file[images], single=False) if images else None for images, _ in parts]
+        if not len(stacks[0]):
+            raise ValueError("it has no training images")
         labels, classes = read_labels(path, [label and file[label] for _, label in parts],
-                                      [0 if stack is None else len(stack) for stack in stacks])
-    except UserError:
-        raise
+                                      [0 if stack is None else len(stack) for stack in stacks], writer)
     except Exception as error:  # bytes that only look like an array file may raise anything
         raise UserError(f"{printable(path)}: {one_line(error)}")
     if keys:
-        writer.lines.append(f"{printable(path)}: left out: {', '.join(keys.values())}")
+        writer.lines.append(f"{printable(path)}: left out: {few(keys.values())}")
+    for (key, _), stack in zip(parts, stacks):
+        if key and not len(stack):
+            writer.lines.append(f"{printable(path)}: {key} is empty: a random tenth of the training images "
+                                "takes its place")
 
     def blocks(stack):
         step = max(1, BYTES // 4 // max(1, stack[:1].nbytes))
         return (slice(first, first + step) for first in range(0, len(stack), step))
-    guessed = None  # the range of numbers without one of their type; others keep theirs
     untyped = [stack for stack in stacks if stack is not None and stack.dtype.kind != "b"
-               and stack.dtype not in (np.uint8, np.uint16)]
+               and stack.dtype.newbyteorder("=") not in (np.uint8, np.uint16)]
     if untyped and not value_range:
         found = Found()
         for stack in untyped:
             for block in blocks(stack):
                 to_bytes(stack[block], (0, 1), found)  # for the range that it finds
-        guessed = plain_range(found, path)
+        writer.found.untyped = plain_range(found, path)
     total = sum(len(stack) for stack in stacks if stack is not None)
     with tqdm(total=total, desc="reading", leave=False, disable=not progress_bar) as bar:
         for split, (stack, of_split) in enumerate(zip(stacks, labels)):
             for block in blocks(stack) if stack is not None else ():
-                images = [finish_image(to_bytes(image, value_range, writer.found, guessed), image_size,
-                                       writer.found) for image in stack[block]]
+                images = [finish_image(to_bytes(image, value_range, writer.found), image_size, writer.found)
+                          for image in stack[block]]
                 writer.append(images, of_split[block], split)
+                check_sizes(path, writer)
                 writer.flush()
                 bar.update(len(images))
     return classes
 
 
-def read_labels(path, arrays, lengths):
+def read_labels(path, arrays, lengths, writer):
     """Labels of the three splits as they are stored → numbers of classes [N] for each, and class names. [N],
-    [N, 1] and one-hot [N, K] are classes; numbers of any other kind are not. Raises ValueError.
+    [N, 1] and one-hot [N, K] are classes, named by their text; numbers of any other kind are not. Raises
+    ValueError.
     """
     flat = []
     for array, n in zip(arrays, lengths):
         if array is None or not n:
-            flat.append(np.full(n, "", object))
+            flat.append([""] * n)
             continue
         if len(array) != n:
             raise ValueError(f"{n} images, but {len(array)} labels")
@@ -560,19 +600,22 @@ def read_labels(path, arrays, lengths):
             array = array.argmax(1)
         array = array.reshape(n, -1)
         if array.shape[1] != 1 or array.dtype.kind == "f" and (array != np.round(array)).any():
-            print(f"{printable(path)}: left out: its labels, which are no classes", file=sys.stderr)
+            writer.lines.append(f"{printable(path)}: left out: its labels, which are no classes")
             return [np.zeros(n, np.int64) for n in lengths], []
         if array.dtype.kind in "bf":
             array = array.astype(np.int64)
-        flat.append(array[:, 0].astype(object))
-    found = set().union(*map(set, flat))
+        flat.append([label.decode(errors="replace") if isinstance(label, bytes) else str(label)
+                     for label in array[:, 0].tolist()])
+    found = set().union(*flat)
     if found <= {""}:
         return [np.zeros(n, np.int64) for n in lengths], []
-    names = sorted(found - {""}, key=lambda name: (isinstance(name, str), name)) + [""] * ("" in found)
+    if "" in found:
+        writer.lines.append(f"{printable(path)}: images without labels are of the class {UNLABELLED}")
+    numeric = all(re.fullmatch(r"-?\d+", name) for name in found - {""})
+    names = sorted(found - {""}, key=int if numeric else str) + [""] * ("" in found)
     number = {name: i for i, name in enumerate(names)}
     return [np.array([number[name] for name in labels], np.int64) for labels in flat], \
-        [name.decode(errors="replace") if isinstance(name, bytes) else str(name) if name != "" else UNLABELLED
-         for name in names]
+        [name or UNLABELLED for name in names]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -660,8 +703,10 @@ class Writer:
         fix = ""
         for top, (low, high) in self.found.ranges.items():
             fix = range_advice(low, high)
+            top = top or self.found.untyped and self.found.untyped[1]
             if top and not value_range and (high - low) * 8 < top:
                 lines.append(f"{name}: of 0 to {top}, {fix}")
-        report = {"lines": lines, "classes": classes, "intensities": [self.low, self.high], "fix": fix}
+        report = {"lines": lines, "classes": classes, "intensities": [self.low, self.high], "fix": fix,
+                  "untyped": self.found.untyped}
         report = np.frombuffer(json.dumps(report).encode(), np.uint8)
         return labels, np.array(self.counts), np.array(crc32), report, np.array(self.names, "S")

@@ -513,7 +513,7 @@ def export(subject, split):
     """Write latents.csv and latents.npz. Raises UserError if a conditional model needs a class for images."""
     classes = subject.about["classes"]
     if subject.args.images:
-        classes = []
+        classes = classes if subject.conditional else []
         if subject.conditional and len(subject.classes) > 1:
             raise UserError("--export: the model is conditional; --classes names the class of these images")
         if subject.conditional:
@@ -738,7 +738,7 @@ def main(argv=None):
         measure(subjects)
     elif args.images or args.export:
         subject = subjects[0]
-        split = own_images(args.images, subject.about["shape"], subject.about["levels"],
+        split = own_images(args.images, subject.about, subject.trained["transform"],
                            subject.trained["value_range"], args.device) if args.images else \
             getattr(subject.data, args.split)
         if args.export:

@@ -328,14 +328,14 @@ def test_best(state, data, args, checkpoints, after_step):
 @torch.no_grad()
 def error_ratio(model, data):
     """The squared error of reconstructed test images divided by that of one constant image, their mean. From
-    1 on, the model has learned nothing about single images.
+    1 on, the model has learned nothing about single images. 0 if the images do not differ.
     """
     images, labels = data.test.batch(torch.arange(min(len(data.test), 1000)))
     parts = zip(images.split(model.max_batch), labels.split(model.max_batch))
     reconstructed = torch.cat([model.reconstruct(*part) for part in parts])
     images = images / (data.levels - 1)
-    return ((images - reconstructed).square().sum()
-            / (images - images.mean(0)).square().sum().clamp_min(1e-9)).item()
+    differences = (images - images.mean(0)).square().sum()
+    return ((images - reconstructed).square().sum() / differences).item() if differences else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def check_data(args, data, checkpoint=None):
         asked = torch.cat([data.val.labels, data.test.labels])
         unseen = set(asked.tolist()) - set(data.train.labels.tolist())
         if unseen:
-            names = ", ".join(data.classes[label] for label in sorted(unseen))
+            names = ", ".join(data.classes[label] for label in sorted(unseen)[:8]) + ", …" * (len(unseen) > 8)
             raise UserError(f"--conditional: no training image is of the class {names}, which validation or "
                             "test images have; take these away, or train without --conditional")
     if min(data.shape[1:]) < 8:

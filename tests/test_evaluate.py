@@ -22,7 +22,7 @@ from tests.conftest import HERE, double, fit, levels_like, outcome, pixels
 from tests.test_model import LinearGaussian
 
 
-@pytest.mark.parametrize("prior", ["normal", "flow"])
+@pytest.mark.parametrize("prior", ["normal", pytest.param("flow", marks=pytest.mark.slow)])
 def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(monkeypatch, prior, most=5000,
                                                                              n=100):
     net, images = LinearGaussian(prior), levels_like((1, 8, 8), 256, n)

@@ -62,7 +62,7 @@ def test_own_images_are_brought_to_the_models_size(folder, workplace, drawn, cap
         Path("mine").mkdir(exist_ok=True)
         large = Image.fromarray(image).convert("RGB").resize((56, 56), Image.Resampling.NEAREST)
         large.save(f"mine/{i}.webp", lossless=True)
-    split = data.own_images([Path("mine")], (1, 28, 28), 256, None, "cpu")
+    split = data.own_images([Path("mine")], read.about())
     given, own = pixels(read.test)[:2].int(), pixels(split).int()
     assert own.shape == (2, 1, 28, 28) and (own - given).abs().float().mean() < 12
     infer.main(["--images", "mine"])
@@ -85,20 +85,21 @@ def test_own_images_under_every_class(folder, workplace, drawn, capsys):
     picture(Path("a.png"), seed=1), picture(Path("b.png"), seed=2)
     infer.main(["--images", "a.png"])
     assert drawn["labelled_grid"][2].shape == (11, 1, 28, 28)
-    net, _ = infer.restore("checkpoints/run/best.pt")
-    levels = data.own_images([Path("a.png")], (1, 28, 28), 256, None, "cpu").batch(torch.arange(1))[0]
+    net, checkpoint = infer.restore("checkpoints/run/best.pt")
+    levels = data.own_images([Path("a.png")], checkpoint["data"]).batch(torch.arange(1))[0]
     torch.testing.assert_close(drawn["labelled_grid"][2][4:5], net.reconstruct(levels, torch.tensor([3])))
     infer.main(["--images", "a.png", "b.png", "--classes", "3", "5"])
     assert drawn["labelled_grid"][4] == ["linear as 3", "spherical as 3", "linear as 5", "spherical as 5"]
     status, error = outcome(infer.main, ["--images", "a.png", "--export"], capsys)
     assert status == 1 and "--classes" in error
     infer.main(["--images", "a.png", "--export", "--classes", "5"])
-    assert np.load("results/run/latents.npz")["z"][0] == pytest.approx(
-        net.embed(levels, torch.tensor([5]))[0].tolist())
+    found = np.load("results/run/latents.npz")
+    assert found["z"][0] == pytest.approx(net.embed(levels, torch.tensor([5]))[0].tolist())
+    assert found["label"].tolist() == ["5"]
 
 
 @pytest.mark.parametrize("flags", [["--levels=2"], ["--conditional"]], ids=str)
-def test_samples_as_files(folder, workplace, flags):
+def test_samples_as_files(folder, workplace, capsys, flags):
     fit(folder, *flags, epochs=1)
     infer.main(["--export_samples", "25"])
     files = sorted(Path("results/run/samples").rglob("*.png"), key=lambda path: path.stem)
@@ -109,6 +110,9 @@ def test_samples_as_files(folder, workplace, flags):
     else:
         assert {path.parent.name for path in files} == set("0123456789")
         assert len(np.unique(images)) > 10
+    status, error = outcome(infer.main, ["--export_samples", "9"], capsys)  # old ones would be among them
+    assert status == 1 and "samples already" in error
+    assert sorted(Path("results/run/samples").rglob("*.png")) == sorted(files)
 
 
 def test_the_page_shows_what_is_in_the_folder_of_a_run(folder, workplace):
@@ -165,3 +169,21 @@ def test_files_in_medmnists_layout_train_and_are_exported(workplace):
     infer.main(["--export"])
     assert np.load("results/run/latents.npz")["z"].shape == (24, 32)
     assert json.loads(Path("results/run/evaluation.json").read_text())["images"] == 24
+
+
+def test_own_images_are_read_as_those_of_the_training(workplace):
+    """The range of floats, and the transform, are those of the training."""
+    Path("floats").mkdir()
+    scenes = np.random.default_rng(0).uniform(0, 1, (20, 8, 8)).astype(np.float32)
+    for i, scene in enumerate(scenes):
+        np.save(f"floats/{i}.npy", scene * (200 if i else 1))
+    read = data.load("floats", "data")
+    assert read.untyped == [0, 255]
+    own = data.own_images([Path("floats/0.npy")], read.about())
+    assert pixels(own).max() <= 1  # not stretched to 255
+    for i in range(20):
+        picture(Path("colour") / f"{i}.png", mode="RGB", seed=i)
+    read = data.load("colour", "data", transform="grayscale3")
+    own = pixels(data.own_images([Path("colour/3.png")], read.about(), "grayscale3"))
+    assert any(torch.equal(own[0], image) for part in (read.train, read.val, read.test)
+               for image in pixels(part))

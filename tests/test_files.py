@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -297,14 +298,14 @@ def test_a_fourth_band_is_said(tmp_path, capsys):
         Image.fromarray(bands, "RGBX").save(tmp_path / "x" / f"{i}.tif")
         save(tmp_path / "alpha" / f"{i}.png", bands)
     read = everything(data.load(str(tmp_path / "x"), tmp_path))
-    assert read.shape == (20, 3, 8, 8) and "20 images have a fourth band" in capsys.readouterr().err
+    assert read.shape == (20, 3, 8, 8) and "20 images have more bands" in capsys.readouterr().err
     assert read[0].tobytes() in {np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1).tobytes()
                                  for path in (tmp_path / "x").iterdir()}
     data.load(str(tmp_path / "alpha"), tmp_path)
     assert "20 images have transparent parts" in capsys.readouterr().err
     np.save(tmp_path / "bands.npy", np.arange(20 * 8 * 8 * 4).reshape(20, 8, 8, 4).astype(np.uint8))
     assert data.load(str(tmp_path / "bands.npy"), tmp_path).shape == (3, 8, 8)
-    assert "20 images have a fourth band" in capsys.readouterr().err
+    assert "20 images have more bands" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("small, big, size", [
@@ -407,7 +408,12 @@ def test_types_of_arrays_and_where_black_and_white_are_plain(tmp_path):
     ({"x": np.full((20, 9, 9), "a")}, "not numbers"),
     ({"faces": np.zeros((20, 9, 9)), "ages": np.zeros(20)}, "its keys are faces, ages"),
     ({"x": np.zeros((20, 9, 9), np.uint8), "y": np.zeros(19, int)}, "20 images, but 19 labels"),
-    ({"x": np.full((20, 9, 9), np.nan)}, "no value in it is finite")])
+    ({"x": np.full((20, 9, 9), np.nan)}, "no value in it is finite"),
+    ({"x": np.zeros((0, 9, 9), np.uint8)}, "no training images"),
+    ({"x": np.zeros((20, 0, 9), np.uint8)}, "20x0x9"),
+    ({"x": np.zeros((20, 9, 9), np.uint8), "X": np.zeros((5, 9, 9), np.uint8)}, "upper and lower case"),
+    ({"x_train": np.eye(9, dtype=np.uint8)[None].repeat(20, 0), "x_test": np.zeros((5, 8, 8), np.uint8)},
+     "differ in size")])
 def test_arrays_that_cannot_be_used(tmp_path, arrays, message):
     np.savez(tmp_path / "in.npz", **arrays)
     with pytest.raises(UserError, match=message):
@@ -418,7 +424,8 @@ def test_arrays_that_cannot_be_used(tmp_path, arrays, message):
     (np.arange(30) % 3, ["0", "1", "2"]), ((np.arange(30) % 3)[:, None], ["0", "1", "2"]),
     (np.eye(3)[np.arange(30) % 3], ["0", "1", "2"]),
     (np.array(["cat", "dog", "eel"] * 10), ["cat", "dog", "eel"]),
-    (np.array([1.0, 5.0, 7.0] * 10), ["1", "5", "7"]), (np.linspace(0, 1, 30), []),
+    (np.array([1.0, 5.0, 7.0] * 10), ["1", "5", "7"]), (np.array([2, 9, 10] * 10), ["2", "9", "10"]),
+    (np.linspace(0, 1, 30), []),
     (np.random.default_rng(0).integers(0, 2, (30, 14)), [])])
 def test_labels_of_arrays(tmp_path, capsys, labels, classes):
     images = np.arange(30, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
@@ -471,3 +478,60 @@ def test_floats_beside_bytes_leave_these_as_they_are(tmp_path):
     read = data.load(str(tmp_path / "in.npz"), tmp_path)
     assert np.array_equal(pixels(read.test)[:, 0], grey[:5])
     assert {image.tobytes() for image in pixels(read.train)[:, 0].numpy()} < {i.tobytes() for i in grey}
+
+
+def test_floats_beside_bytes_in_a_folder_leave_these_as_they_are(tmp_path):
+    stored = [picture(tmp_path / "in" / f"b{i}.png", size=(8, 8), seed=i) for i in range(20)]
+    (tmp_path / "in" / "a.png").write_bytes(b"damaged")  # the first file says nothing about the others
+    for i in range(5):
+        np.save(tmp_path / "in" / f"a{i}.npy", stored[i] / 255)
+    read = everything(data.load(str(tmp_path / "in"), tmp_path))
+    assert len(read) == 25 and {image.tobytes() for image in read} == {image.tobytes() for image in stored}
+
+
+def test_labels_of_two_types_are_the_same_classes(tmp_path, capsys):
+    images = np.arange(40, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    np.savez(tmp_path / "in.npz", x_train=images, y_train=(np.arange(40) % 4).astype(str), x_test=images[:8],
+             y_test=np.arange(8) % 4, x_val=images[:0])
+    read = data.load(str(tmp_path / "in.npz"), tmp_path)
+    assert read.classes == list("0123") and read.test.labels.tolist() == [0, 1, 2, 3] * 2
+    assert "x_val is empty" in capsys.readouterr().err
+    np.savez(tmp_path / "in.npz", x_train=images, y_train=np.arange(40) % 4, x_test=images[:8])
+    assert data.load(str(tmp_path / "in.npz"), tmp_path).classes == [*"0123", "unlabelled"]
+    assert "without labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout, said", [("wrap/train wrap/test", "give .*wrap as the dataset"),
+                                          ("images/train images/val", "give .*images as the dataset")])
+def test_splits_one_level_down_are_no_class(tmp_path, layout, said):
+    for folder in layout.split():
+        for i in range(6):
+            picture(tmp_path / "in" / folder / "a" / f"{i}.png", seed=i)
+    with pytest.raises(UserError, match=said):
+        data.load(str(tmp_path / "in"), tmp_path)
+
+
+def test_an_empty_split_and_loose_images_are_said(tmp_path, capsys):
+    for i in range(20):
+        picture(tmp_path / "in" / "train" / f"{i}.png", seed=i)
+    (tmp_path / "in" / "test").mkdir()
+    picture(tmp_path / "in" / "loose.png", seed=50)
+    assert len(data.load(str(tmp_path / "in"), tmp_path).test) == 2
+    said = capsys.readouterr().err
+    assert "test holds no images: a random tenth" in said and "1 images" in said
+
+
+def test_unsigned_floats_and_reduced_pages(tmp_path):
+    values = np.arange(64, dtype=np.uint32).reshape(8, 8) * (2**32 // 64)
+    Image.frombytes("I", (8, 8), values.tobytes()).save(tmp_path / "x.tif", tiffinfo={254: 1})
+    signed, unsigned = (struct.pack("<HHIHH", 339, 3, 1, kind, 0) for kind in (2, 1))  # entries of the header
+    content = (tmp_path / "x.tif").read_bytes()
+    assert content.count(signed) == 1
+    (tmp_path / "x.tif").write_bytes(content.replace(signed, unsigned))
+    with Image.open(tmp_path / "x.tif") as image:
+        assert image.tag_v2[339] == (1,) and image.tag_v2[254] == 1  # unsigned, and said to be a smaller copy
+    found = one(tmp_path / "x.tif", value_range=(0, 2**32))
+    assert abs(found.astype(int) - (values / 2**32 * 255).round()).max() <= 1
+    (tmp_path / "x.pfm").write_bytes(b"Pf\n8 8\n-1.0\n" + (values / 2**32).astype("<f4").tobytes())
+    assert len(np.unique(one(tmp_path / "x.pfm", value_range=(0, 1)))) == 64
+    assert np.array_equal(files.to_bytes(np.arange(9, dtype=">u2") * 256, None, files.Found()), np.arange(9))
