@@ -19,6 +19,7 @@ import cli
 import figures
 from cli import ArgumentParser, UserError, default_device, device_type, number, one_line, run_script
 from data import Data, dataset_problem, load, own_images
+from datasets import DATASETS
 from distributions import Mixture
 from evaluate import evaluate, evaluate_samples, print_figures
 from export import export_latents, export_samples, write_page
@@ -699,9 +700,10 @@ def open_checkpoint(path, args):
         except (UserError, OSError) as error:
             if args.evaluate or args.export or args.dataset:
                 raise
-            print(f"without the dataset, and so without {', '.join(sorted(NEED_DATA))}: {error}"
-                  if not (args.only or args.compare or args.explore) else f"without the dataset: {error}",
-                  file=sys.stderr)
+            lost = "" if args.only or args.compare or args.explore else \
+                f", and so without {', '.join(sorted(NEED_DATA))}"
+            moved = "" if trained["dataset"] in DATASETS else "; --dataset says where it is now"
+            print(f"without the dataset{lost}: {error}{moved}", file=sys.stderr)
     return subject
 
 
@@ -711,9 +713,10 @@ def read_data(args, trained, about):
     data = load(name, args.data_dir or trained["data_dir"], trained["image_size"], trained["levels"],
                 trained["binarize"], trained["transform"], trained["limit"], args.device, download=False,
                 value_range=trained["value_range"])
-    if any(data.about()[part] != about[part] for part in ("shape", "levels", "classes")):
-        raise UserError(f"{name} is not what the model was trained on: {about['shape']}, classes "
-                        f"{about['classes']}; --images takes any images")
+    differing = [part for part in ("shape", "levels", "classes") if data.about()[part] != about[part]]
+    if differing:
+        raise UserError(f"{name} is not what the model was trained on (it differs in "
+                        f"{', '.join(differing)}); --images takes any images")
     if any(data.about()[part] != about[part] for part in ("images", "crc32")):
         raise UserError(f"{name} has changed since the model was trained: images of the training may be "
                         "among its test images now; bring it back as it was, or give any images to "

@@ -462,10 +462,10 @@ def check_data(args, data, checkpoint=None):
 
 def check_unchanged(args, data, checkpoint):
     """Raise UserError if the data is not that of the checkpoint."""
-    if data.about() != checkpoint["data"]:
-        raise UserError(f"{args.dataset} does not hold the images that the run began with (they were "
-                        f"{checkpoint['data']}, and are {data.about()}); --dataset says where these are, or "
-                        "train a new run")
+    differing = [part for part, value in data.about().items() if value != checkpoint["data"].get(part)]
+    if differing:
+        raise UserError(f"{args.dataset} does not hold the images that the run began with (it differs in "
+                        f"{', '.join(differing)}); --dataset says where these are, or train a new run")
 
 
 def prepare_network(state, data, args):
