@@ -22,6 +22,7 @@ from tests.conftest import HERE, double, fit, levels_like, outcome, pixels
 from tests.test_model import LinearGaussian
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("prior", ["normal", pytest.param("flow", marks=pytest.mark.slow)])
 def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(monkeypatch, prior, most=5000,
                                                                              n=100):
