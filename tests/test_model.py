@@ -264,3 +264,13 @@ def test_in_bf16_only_the_networks_compute_in_bf16(kind):
                                             rel=1e-5)
     rec = -D.Bernoulli(logits=inside["logits"].double()).log_prob(images.double()).flatten(1).sum(1).mean()
     assert terms[0].item() == pytest.approx(rec.item(), rel=1e-6)
+
+
+def test_one_wild_output_of_the_encoder_does_not_make_the_kl_explode():
+    net, images = model.VAE((1, 8, 8), 2, "mlp", 3, hidden_dims=[4]), levels_like((1, 8, 8), 2, 5)
+    with torch.no_grad():
+        net.encoder.net[-1].bias[3:] = 20.0
+        net.encoder.net[-1].weight[3:] = 0
+    _, kl, _ = net(images, noise=torch.zeros(5, 3))
+    assert kl < 3 * 0.5 * math.exp(4) + net.encode(images)[0].square().sum(1).mean()
+    assert net.encode(images)[1].eq(2).all()
