@@ -659,7 +659,7 @@ def print_epoch(row, args, improved):
 
 
 def print_test(test, args, ratio):
-    """The test figures, and advice if training has failed, or if the posterior has collapsed onto the prior.
+    """The test figures, and advice if nothing was learned, or if the posterior has collapsed onto the prior.
 
     ratio: as error_ratio returns it
     """
@@ -672,8 +672,9 @@ def print_test(test, args, ratio):
     # with --iw_train, L_reg is no KL, and the advice does not apply
     collapsed = args.loss_mode == "vae" and not args.iw_train and (test["test_kl"] < 1 or few)
     if ratio > (1.1 if collapsed else 0.99):  # a collapsed one decodes the mean image
-        say(f"training failed: reconstructions are no better than one constant image ({ratio:.2f} times its "
-            f"squared error). What may help: a smaller --lr than {args.lr:g}, --grad_clip 1000, more epochs")
+        say(f"nothing was learned: reconstructions are no better than one constant image ({ratio:.2f} times "
+            f"its squared error). What may help: more --epochs, a smaller --lr than {args.lr:g}, --grad_clip "
+            "1000")
     elif collapsed:
         say("the posterior collapsed: the decoder hardly uses z. What may help: "
             + "--free_bits 0.1, " * (args.prior == "normal")
