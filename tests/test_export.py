@@ -41,12 +41,11 @@ def test_latents_of_each_image(folder, workplace, capsys, flags):
     else:
         mean, log_std = net.encode(images, labels)
         torch.testing.assert_close(torch.from_numpy(found["std"]), log_std.exp())
-        draws = torch.stack([torch.stack(net.log_weights(images, labels, torch.randn(40, 500, 4)))
-                             .mean(2) for _ in range(1)])[0]
-        assert abs(found["kl"] - draws[1].detach().numpy()).max() < 0.5 * draws[1].std().item() + 0.5
-        loss = (draws[0] + draws[1]).detach().numpy()
-        assert np.corrcoef(found["loss"], loss)[0, 1] > 0.99
-        assert found["loss"].mean() == pytest.approx(loss.mean(), rel=0.02, abs=1)
+        noise = torch.randn(40, 500, 4, generator=torch.Generator().manual_seed(0))
+        rec, kl = (term.detach().numpy() for term in net.log_weights(images, labels, noise))
+        error = (rec + kl).std(1) * (1 / 16 + 1 / 500) ** 0.5  # of means over 16 draws and over 500
+        assert (abs(found["loss"] - (rec + kl).mean(1)) < 5 * error + 1e-3).all()
+        assert (abs(found["kl"] - kl.mean(1)) < 5 * kl.std(1) * (1 / 16 + 1 / 500) ** 0.5 + 1e-3).all()
     with open("results/run/latents.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 40 and [row["name"] for row in rows] == found["name"].tolist()
