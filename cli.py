@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import processors
 from distributed import LOCAL_RANK, RANK, WORLD
 
 
@@ -113,6 +114,23 @@ def own_device(device):
                         f"{torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(LOCAL_RANK)
     return "cuda"
+
+
+MOST_THREADS = torch.get_num_threads()  # torch's own choice, which knows the processor's cores
+
+
+def adapt_threads():
+    """Compute with as many threads as other processes leave free, unless the user has chosen their number.
+    With more, threads wait for each other in every operation.
+    """
+    if processors.CHOSEN or WORLD > 1 or processors.load.seconds() < 0.5:  # a coarse count
+        return
+    others = processors.load.look()
+    threads = min(MOST_THREADS, processors.free(others))
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+        say(f"computes with {threads} thread{'s' * (threads > 1)}: other processes use {others:.1f} of "
+            f"{processors.available()} processors")
 
 
 def allow_tf32(allowed):

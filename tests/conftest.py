@@ -281,7 +281,7 @@ import dataclasses, os, signal, sys
 from argparse import Namespace
 import torch
 sys.path.insert(0, {here!r})
-import cli, data, distributed, model, networks, train, utils
+import cli, data, distributed, model, networks, train, training_state, utils
 
 def gradients(case, n):
     # of the one step, in float64, that a pass over n images is
@@ -303,7 +303,8 @@ def gradients(case, n):
     for coupling in net.prior.couplings if case == "flow" else ():  # a new flow has no effect
         torch.nn.init.normal_(coupling.net[-1].weight, std=0.1)
     everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
-    state = train.State(net, None, torch.optim.SGD(net.parameters(), 0.0), train.no_sums("cpu"))
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    state = training_state.State(net, None, optimizer, training_state.no_sums("cpu"))
     train.prepare_network(state, everything, args)
     means = train.train_epoch(state, everything, args, lambda: None)
     tested = train.test_epoch(net, split, args, "val", lambda: None)

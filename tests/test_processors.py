@@ -79,14 +79,3 @@ def test_threads_change_between_epochs_and_a_resumed_run_goes_on_with_them(folde
     assert seen == [1, 1, 2, 1, 1, 2]
     assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
                        for name in ("whole", "run")))
-
-
-def test_steps_that_become_slow_are_reported_once(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    saver = train.Saver.__new__(train.Saver)
-    saver.durations, saver.first, saver.warned = [], None, False
-    for seconds in (0.01, 0.02, 0.05, 0.05):
-        saver.durations = [seconds] * 60
-        saver.warn_if_slow()
-    assert capsys.readouterr().err.count("5 times as long") == 1

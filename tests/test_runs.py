@@ -13,6 +13,7 @@ import torch
 import cli
 import runs
 import train
+import training_state
 from tests.conftest import begin, damage, ended, fit, outcome, same, wait_for
 
 
@@ -112,7 +113,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, folder, tmp_path, monkeypa
     status, out, err = ended(process, "said")
     assert status == 128 + number and err == ""
     assert out.endswith("\npython train.py --resume 'checkpoints/a b/last.pt'\n")
-    assert train.is_whole(tmp_path / "checkpoints/a b/last.pt")
+    assert training_state.is_whole(tmp_path / "checkpoints/a b/last.pt")
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):

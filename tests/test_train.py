@@ -23,6 +23,7 @@ import infer
 import model
 import runs
 import train
+import training_state
 import utils
 from tests.conftest import (
     HERE,
@@ -340,11 +341,6 @@ def test_a_group_of_seeds_keeps_what_it_cannot_go_on_with(folder, workplace, mon
     assert Path("results/other/seed_1/test.json").exists() and not Path("results/seed_1").exists()
 
 
-def test_a_clock_with_coarse_ticks_does_no_harm(folder, workplace, monkeypatch):
-    monkeypatch.setattr(train.time, "perf_counter", lambda: 1.0)  # all steps of an epoch take 0 s
-    assert fit(folder, "--batch_size=4", epochs=2)[1]["test_loss"] > 0
-
-
 def test_a_moved_run_goes_on_where_it_is(folder, workplace):
     fit(folder, epochs=1)
     os.rename("checkpoints", "moved")
@@ -353,7 +349,7 @@ def test_a_moved_run_goes_on_where_it_is(folder, workplace):
     Path("alone/run").mkdir(parents=True)
     shutil.copy("moved/run/last.pt", "alone/run/last.pt")  # without its best.pt
     train.main(["--resume", "alone/run/last.pt", "--epochs", "3"])
-    assert train.is_whole(Path("alone/run/best.pt"))
+    assert training_state.is_whole(Path("alone/run/best.pt"))
 
 
 def test_a_copied_run_leaves_the_original_alone(folder, workplace, capsys):
@@ -398,35 +394,6 @@ def test_stopped_in_the_final_test_keeps_the_last_weights(folder, workplace, mon
     assert not same(last["model"], best["model"])
 
 
-def test_killed_between_the_two_checkpoints_keeps_the_best(folder, workplace, monkeypatch):
-    fit(folder, epochs=2)
-    os.rename("results/run", "results/whole"), os.rename("checkpoints/run", "checkpoints/whole")
-    fit(folder, epochs=1)
-    save_checkpoint, saved = train.save_checkpoint, []
-
-    def dies(path, state):
-        saved.append(path.name)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-        save_checkpoint(path, state)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "2"])
-    assert saved == ["best.pt", "last.pt"]
-    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "2"])
-    assert_same_runs(*((workplace / "results" / n, workplace / "checkpoints" / n) for n in ("whole", "run")))
-
-
-def test_what_cannot_be_read_again_is_not_saved(folder, workplace, capsys):
-    """Gradients whose squares overflow make the optimiser's moments infinite long before a weight is."""
-    status, error = outcome(train.main, ["--dataset", folder, "--model", "mlp", "--hidden_dims", "8",
-                                         "--epochs", "2",
-                                         "--target_beta_val", "1e25", "--log_dir", "run"], capsys)
-    assert status == 1 and "not finite" in error and "beta 1e+25" in error
-    assert not list(workplace.rglob("*.pt"))
-
-
 def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
     fit(folder, "--beta_mode=linear")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
@@ -437,16 +404,6 @@ def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
     fit(folder, "--loss_mode=ae", "--beta_mode=linear")  # an AE has no beta
     train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
     assert len(Path("results/run/metrics.csv").read_text().splitlines()) == 1 + 3
-
-
-def test_moments_that_do_not_fit_are_reported(trained, workplace, capsys):
-    shutil.copytree(trained, workplace, dirs_exist_ok=True)
-    last = workplace / "checkpoints/run/last.pt"
-    state = runs.load_checkpoint(last)
-    state["optimizer"][0]["exp_avg"] = torch.zeros(3)
-    torch.save(state, last)
-    status, error = outcome(train.main, ["--resume", last], capsys)
-    assert status == 1 and "size mismatch for exp_avg" in error and "best.pt" in error
 
 
 def test_means_that_are_not_finite_are_found_on_any_device():
@@ -477,7 +434,7 @@ def test_killed_twenty_times_at_random_moments_ends_as_if_never_killed(folder, t
             assert ended(process, said)[0] == -signal.SIGKILL, "the run is too short for so many kills"
             last = tmp_path / "checkpoints" / name / "last.pt"
             words = ["--resume", last] if last.exists() else [*argv, "--log_dir", name, "--overwrite"]
-            assert all(map(train.is_whole, last.parent.glob("*.pt")))
+            assert all(map(training_state.is_whole, last.parent.glob("*.pt")))
             within += last.exists() and runs.load_checkpoint(last)["step"] % 320 > 0
         assert within > 0  # an epoch was cut in two
         to_its_end(name, "--resume", last)
@@ -532,7 +489,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workp
                           {**before, "args": {**before["args"], "epochs": 2}})
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--save_every", "0"], capsys)
     assert status == 1 and "not finite" in error and "checkpoints/run/last.pt" in error
-    assert train.is_whole(Path("checkpoints/run/last.pt"))
+    assert training_state.is_whole(Path("checkpoints/run/last.pt"))
 
 
 @pytest.mark.skipif(not (HERE / "data/MNIST/raw/train-images-idx3-ubyte").exists(),
