@@ -40,6 +40,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=self.Formatter,
                          usage="python %(prog)s [options]", **kwargs)
+        # argparse takes -1e3 for an option, as it knows no exponents
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")

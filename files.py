@@ -98,13 +98,13 @@ def list_splits(root, said):
     train, val, test = (next((subfolders[name] for name in names if name in subfolders), None)
                         for names in SPLITS)
     for folder in subfolders.values() if not (train and (val or test)) else ():
-        inner = {name.name.lower() for name in folder.iterdir() if name.is_dir()}
+        inner = {name.lower() for name in next(os.walk(folder), ("", [], []))[1]}
         if inner & set(SPLITS[0]) and inner & {*SPLITS[1], *SPLITS[2]}:
             raise UserError(f"{printable(root)}: its folder {printable(folder.name)}/ holds splits "
                             f"({few(sorted(inner))}); give {printable(folder)} as the dataset")
     if not (train and (val or test)):
         folders = {name for name, folder in subfolders.items() if list_images(folder, [])}
-        if folders and folders <= {name for names in SPLITS for name in names}:
+        if folders and all(name.startswith(tuple(names[0] for names in SPLITS)) for name in folders):
             raise UserError(f"{printable(root)} has {'/, '.join(sorted(folders))}/, which look like splits, "
                             "but there is no train/ beside val/ or test/; rename them, or give one of them "
                             "itself as the dataset")
@@ -153,9 +153,12 @@ def list_images(root, said):
         skipped.update(Path(name).suffix.lower() or "no suffix" for name in set(names) - set(good))
         return [Path(where) / name for name in good]
 
+    def left_out(error):
+        said.append(f"left out: {printable(error.filename)} ({error.strerror})")
+
     def inside(folder):
         files, seen = [], {root.resolve()}
-        for where, folders, names in os.walk(folder, followlinks=True):
+        for where, folders, names in os.walk(folder, followlinks=True, onerror=left_out):
             if Path(where).resolve() in seen:  # a link that leads back, or into a folder that was read
                 folders.clear()
                 continue
@@ -228,6 +231,8 @@ LINES = {
                    "infrared?), save the other three without it",
     "more bands": "have more bands than can be used, which are left out",
     "not finite": "hold values that are not finite, which become black",
+    "upper 8 bits": "are in colour of 16 bits, of which Pillow reads the upper 8",
+    "channels first": "are arrays of 3 or 4 x height x width, each taken as one image in colour",
 }
 
 
@@ -330,6 +335,10 @@ def to_array(image, image_size, value_range, found):
         found.kinds["frames"] += 1
     # Pillow opens a TIFF of RGB and one more band as RGB
     more_bands = image.mode == "RGBX" or kind == "TIFF" and image.tag_v2.get(277, 1) > len(image.getbands())
+    if image.mode in ("LA", "RGB", "RGBA") and ";16" in str(image.tile):
+        if value_range:
+            raise ValueError("16-bit colour, of which Pillow reads 8 bits; --value_range needs .npy")
+        found.kinds["upper 8 bits"] += 1
     unsigned = kind == "TIFF" and image.mode == "I" and image.tag_v2.get(339) == (1,)  # Pillow's I is signed
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -377,14 +386,15 @@ def read_images(path, part, image_size, value_range, found):
     """The images of a file in a range of its pages → a list of uint8 [H, W] or [H, W, 3]. Raises some
     exception if it cannot be read.
     """
-    from PIL import Image
     if not path.is_file():  # reading a pipe would never end
         raise ValueError("no file")
     if path.suffix.lower() == ".npy":
-        stack = as_stack(np.load(path, mmap_mode="r", allow_pickle=False), single=True)[part.start:part.stop]
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        found.kinds["channels first"] += array.ndim == 3 and array.shape[0] in (3, 4)
+        stack = as_stack(array, single=True)[part.start:part.stop]
         return [finish_image(to_bytes(image, value_range, found), image_size, found) for image in stack]
     images = []
-    with Image.open(path) as image:
+    with open_image(path) as image:
         for page in part:
             if page:
                 image.seek(page)
@@ -392,6 +402,15 @@ def read_images(path, part, image_size, value_range, found):
                 continue  # a smaller copy of another page
             images.append(to_array(image, image_size, value_range, found))
     return images
+
+
+def open_image(path):
+    """Open an image file. Raises ValueError if several such would need gigabytes."""
+    from PIL import Image
+    try:
+        return Image.open(path)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS // 10**6} million pixels; scale it down first")
 
 
 def read_folder(root, splits, writer, image_size, value_range, progress_bar):
@@ -422,7 +441,7 @@ def read_folder(root, splits, writer, image_size, value_range, progress_bar):
     workers = min(8, os.cpu_count())  # each holds a whole photo, of 36 MB and more
     with (warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool,
           tqdm(total=len(items), desc="decoding", leave=False, disable=not progress_bar) as bar):
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # see open_image
         warnings.filterwarnings("ignore", category=UserWarning)  # of damaged metadata
         position, block = 0, workers
         while position < len(items):

@@ -707,10 +707,11 @@ def check_args(parser, args):
     problem = dataset_problem(args.dataset)
     if problem:
         parser.error(f"argument --dataset: {problem}")
-    if args.value_range and (args.dataset in DATASETS or args.value_range[0] == args.value_range[1]):
-        parser.error(f"argument --value_range: {' '.join(f'{value:g}' for value in args.value_range)} " + (
+    low, high = args.value_range or (0, 1)
+    if args.value_range and (args.dataset in DATASETS or not 1e-30 < abs(high - low) < 1e30):
+        parser.error(f"argument --value_range: {low:g} {high:g} " + (
             f"goes with a folder or an array file, not with {args.dataset}" if args.dataset in DATASETS else
-            "is one value, but black and white are two"))
+            "are too near or too far; black and white are two different values, such as 0 and 255"))
     for name in ("results_dir", "checkpoint_dir", "data_dir"):
         if args.dataset not in DATASETS and \
                 Path(vars(args)[name]).resolve().is_relative_to(Path(args.dataset).resolve()):

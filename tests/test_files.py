@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -172,6 +173,7 @@ def test_images_that_would_hurt_are_left_out(tmp_path, capsys):
     read = data.load(str(root), tmp_path)
     said = capsys.readouterr().err
     assert len(read.train) + len(read.val) + len(read.test) == 12
+    assert "million pixels; scale it down" in said
     assert all(name in said for name in ("bomb.png", "loop.png", "gone.jpg", "pipe.png", "4 of 16"))
     odd = os.fsencode(tmp_path) + b"/classes/\xff"
     os.makedirs(odd)
@@ -306,6 +308,52 @@ def test_a_fourth_band_is_said(tmp_path, capsys):
     np.save(tmp_path / "bands.npy", np.arange(20 * 8 * 8 * 4).reshape(20, 8, 8, 4).astype(np.uint8))
     assert data.load(str(tmp_path / "bands.npy"), tmp_path).shape == (3, 8, 8)
     assert "20 images have more bands" in capsys.readouterr().err
+
+
+def test_colour_of_16_bits_is_said_and_has_no_value_range(tmp_path, capsys):
+    def chunk(kind, content):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+    (tmp_path / "in").mkdir()
+    scenes = np.random.default_rng(0).integers(0, 65536, (12, 9, 10, 3))
+    for i, scene in enumerate(scenes):
+        rows = b"".join(b"\0" + row.tobytes() for row in scene.astype(">u2"))
+        (tmp_path / "in" / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(
+            ">IIBBBBB", 10, 9, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    read = everything(data.load(str(tmp_path / "in"), tmp_path))
+    assert "12 images are in colour of 16 bits" in capsys.readouterr().err
+    assert np.array_equal(read, in_order((scenes >> 8).astype(np.uint8).transpose(0, 3, 1, 2))[:, 0])
+    with pytest.raises(UserError, match="--value_range needs .npy"):
+        data.load(str(tmp_path / "in"), tmp_path, value_range=(0, 4095))
+
+
+def test_three_grey_images_of_an_array_are_one_in_colour_and_it_is_said(tmp_path, capsys):
+    array = np.random.default_rng(0).integers(0, 256, (3, 9, 10)).astype(np.uint8)
+    np.save(tmp_path / "x.npy", array)
+    read, _ = files.read_paths([tmp_path / "x.npy"], (3, 9, 10), "none", None, None)
+    assert np.array_equal(read[0], array) and "1 images are arrays of 3 or 4" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path, capsys, monkeypatch):
+    for i in range(12):
+        picture(tmp_path / "in" / "a" / f"{i}.png", seed=i)
+    picture(tmp_path / "in" / "b" / "locked" / "0.png", seed=20)
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", denied)
+    assert data.load(str(tmp_path / "in"), tmp_path).classes == ["a"]
+    assert "locked (Permission denied)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("low, high", [("3", "3"), ("0", "1e-40"), ("-1e38", "1e38")])
+def test_a_value_range_without_width_is_refused(tmp_path, capsys, low, high):
+    picture(tmp_path / "in" / "0.png", seed=0)
+    status, error = outcome(train.main, ["--dataset", tmp_path / "in", "--value_range", low, high], capsys)
+    assert status == 2 and "--value_range" in error and "black and white" in error
 
 
 @pytest.mark.parametrize("small, big, size", [
@@ -502,7 +550,9 @@ def test_labels_of_two_types_are_the_same_classes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("layout, said", [("wrap/train wrap/test", "give .*wrap as the dataset"),
-                                          ("images/train images/val", "give .*images as the dataset")])
+                                          ("images/train images/val", "give .*images as the dataset"),
+                                          ("train_set test_set", "look like splits"),
+                                          ("trainA trainB testA testB", "look like splits")])
 def test_splits_one_level_down_are_no_class(tmp_path, layout, said):
     for folder in layout.split():
         for i in range(6):
