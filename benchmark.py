@@ -10,7 +10,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -54,8 +54,13 @@ def parse_args(argv=None):
     parser.add_argument("--busy", action="store_true",
                         help="instead, with train.py's own batch size: how many times longer an epoch takes "
                              "beside another process; the worst of --repeats tries")
+    parser.add_argument("--speedrun", action="store_true",
+                        help="instead, train models of MNIST that reach published likelihoods, and print "
+                             "their time and NLL; takes hours on 2 cores")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args, rest = parser.parse_known_args(argv)
+    if args.speedrun:
+        return args, rest
     return args, ["--dataset", "mnist", "--levels", "2", "--latent_size", "20", "--hidden_dims", "400",
                   "--no-progress_bar", *rest]
 
@@ -290,6 +295,46 @@ def busy(argv, repeats):
     return {"alone": median(alone), **worst}
 
 
+# NLL of MNIST with pixels drawn anew each time, in nats: a paper's figure, and a command that reaches it
+SPEEDRUN_COMMON = ("--dataset mnist --levels 2 --binarize stochastic --prior flow --optimizer muon --lr 5e-3 "
+                   "--lr_schedule cosine --batch_size 256 --grad_clip 200")
+SPEEDRUN = [  # NLL, whose, seeds, arguments beside the common ones
+    (86.76, "VAE, Burda et al. 2016", 3, "--model cnn --epochs 4"),
+    (84.78, "IWAE of 50 latents, Burda et al. 2016", 3, "--model cnn --epochs 6"),
+]
+
+
+def speedrun(rest):
+    """Train the models of SPEEDRUN and measure them, with 500 latents an image; print a row for each.
+
+    rest: further arguments of train.py; a --limit among them is also that of the images that are measured
+    """
+    limit = ["--limit", rest[rest.index("--limit") + 1]] if "--limit" in rest else []
+    for row, (target, paper, seeds, options) in enumerate(SPEEDRUN, 1):
+        argv = [*SPEEDRUN_COMMON.split(), *options.split(), *rest]
+        print("python train.py", *argv, flush=True)
+        took, measured = [], []
+        for seed in range(1, seeds + 1):
+            name = f"speedrun/{row}/seed_{seed}"
+            start = time.perf_counter()
+            subprocess.run([sys.executable, HERE / "train.py", *argv, "--seed", str(seed), "--log_dir", name,
+                            "--overwrite"], stdout=subprocess.DEVNULL, check=True)
+            took.append(time.perf_counter() - start)
+            subprocess.run([sys.executable, HERE / "infer.py", "--evaluate", *limit, "--ckpt",
+                            f"checkpoints/{name}/best.pt"], stdout=subprocess.DEVNULL, check=True)
+            measured.append(json.loads(Path("results", name, "evaluation.json").read_text()))
+        nll, bound = ([figures[key] for figures in measured] for key in ("iw_nll", "neg_elbo"))
+        print(f"{target} {paper}: NLL {spread(nll)} (standard error over images "
+              f"{measured[0]['iw_nll_se']:.2f}), -ELBO {spread(bound)}, {spread(took, 0)} s, seeds: {seeds}",
+              flush=True)
+
+
+def spread(values, digits=2):
+    """The mean as text, and with several values their standard deviation"""
+    more = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{more}"
+
+
 def places(folder):
     return ["--results_dir", f"{folder}/results", "--checkpoint_dir", f"{folder}/checkpoints"]
 
@@ -309,6 +354,8 @@ def show(rows):
 
 def main(argv=None):
     args, rest = parse_args(argv)
+    if args.speedrun:
+        return speedrun(rest)
     if args.busy:
         for model in args.model:
             row = busy([*rest, "--model", model], args.repeats)

@@ -34,3 +34,16 @@ def test_the_plain_way_of_the_benchmark_trains_the_same_network(workplace):
     for other in (["--dataset=glyphs"], ["--dataset=mnist", "--image_size=16"]):
         with pytest.raises(cli.UserError, match="goes with a dataset of torchvision"):
             benchmark.plain_parts(*other)
+
+
+@pytest.mark.slow
+def test_the_speedrun_measures_each_row(workplace, capsys, monkeypatch):
+    write_idx(workplace / "data", (512, 50))
+    monkeypatch.setattr(benchmark, "SPEEDRUN", [(86.76, "a paper", 2, "--model mlp --hidden_dims 8")])
+    benchmark.main(["--speedrun", "--epochs", "1", "--limit", "50"])
+    command, row = capsys.readouterr().out.splitlines()
+    measured = [json.loads((workplace / f"results/speedrun/1/seed_{seed}/evaluation.json").read_text())
+                for seed in (1, 2)]
+    assert command.startswith("python train.py --dataset mnist") and "--prior flow" in command
+    assert [figures["iw_samples"] for figures in measured] == [500, 500] and measured[0]["images"] == 50
+    assert f"NLL {(measured[0]['iw_nll'] + measured[1]['iw_nll']) / 2:.2f} ± " in row
