@@ -30,7 +30,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     class Formatter(argparse.HelpFormatter):
         def __init__(self, prog):
-            super().__init__(prog, max_help_position=42, width=150)
+            super().__init__(prog, max_help_position=32, width=100)
 
         def _get_help_string(self, action):
             if "(default" in action.help or action.default is argparse.SUPPRESS:

@@ -215,8 +215,9 @@ def run(args, data, checkpoint, signals):
         if RANK == 0:
             runs.write_json(results / "test.json", test)
         log.close(state.history)
-        say(f"wrote {results} and {checkpoints / 'best.pt'}\n"
-            f"draw: python infer.py --ckpt {shlex.quote((checkpoints / 'best.pt').as_posix())}")
+        best = shlex.quote((checkpoints / "best.pt").as_posix())
+        say(f"wrote {results} and {checkpoints / 'best.pt'}\ndraw:    python infer.py --ckpt {best}\n"
+            f"measure: python infer.py --evaluate --ckpt {best}")
         return test
 
 
@@ -470,8 +471,10 @@ def print_start(args, data, state):
 def print_epoch(row, args, improved):
     beta = f"beta {row['beta']:.3g} | " if args.loss_mode == "vae" else ""
     epoch = f"{row['epoch']:>{len(str(args.epochs))}}/{args.epochs}"
+    seconds = (args.epochs - row["epoch"]) * row["seconds"]
+    left = f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
     say(f"epoch {epoch} | {beta}train {describe(row, 'train_')} | val {describe(row, 'val_')} | "
-        f"{row['seconds']:.1f} s{' *' if improved else ''}")
+        f"{row['seconds']:.1f} s{left if seconds else ''}{', best so far' if improved else ''}")
 
 
 def print_test(test, args, ratio):
