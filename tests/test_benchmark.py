@@ -45,5 +45,5 @@ def test_the_speedrun_measures_each_row(workplace, capsys, monkeypatch):
     measured = [json.loads((workplace / f"results/speedrun/1/seed_{seed}/evaluation.json").read_text())
                 for seed in (1, 2)]
     assert command.startswith("python train.py --dataset mnist") and "--prior flow" in command
-    assert [figures["iw_samples"] for figures in measured] == [500, 500] and measured[0]["images"] == 50
+    assert [figures["iw_samples"] for figures in measured] == [100, 100] and measured[0]["images"] == 50
     assert f"NLL {(measured[0]['iw_nll'] + measured[1]['iw_nll']) / 2:.2f} ± " in row
