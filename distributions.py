@@ -64,8 +64,11 @@ class Gaussian(nn.Module):
 
     @property
     def bounded_log_scale(self):
-        """Between 1 / (2 levels) and 20, so that exp neither overflows nor vanishes."""
-        return self.log_scale.clamp(-math.log(2 * self.levels), 3)
+        """The log of a scale between 1 / (2 levels) and e³ (about 20), so that exp neither overflows nor
+        vanishes. Its gradient passes the bounds, or a parameter beyond them would never come back.
+        """
+        bounded = self.log_scale.clamp(-math.log(2 * self.levels), 3)
+        return self.log_scale + (bounded - self.log_scale).detach()
 
     def channels(self, image_channels):
         return image_channels
@@ -205,7 +208,8 @@ def default_likelihood(levels, is_vae):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Distributions of latents z. Each is a map of N(0, I) noise [n, noise_size], and what follows from that map.
+# Distributions of latents z. Each maps N(0, I) noise [n, noise_size] to z; its inverse, density and KL follow
+# from that map.
 
 class StandardNormal(nn.Module):
     """N(0, I), the prior of a VAE (Kingma & Welling 2014)."""
@@ -278,7 +282,7 @@ class Flow(nn.Module):
     prior of a VAE, Chen et al. 2017). After every second layer the even dimensions and the odd ones become
     the two halves. With one latent dimension it is a Gaussian with a learned mean and scale.
 
-    num_classes: of a conditional model, whose prior is another one for each class; 0 for any other
+    num_classes: of a conditional model, which has a prior for each class; 0 for any other
     """
 
     wants_mixture = False
@@ -293,7 +297,7 @@ class Flow(nn.Module):
         self.register_buffer("order", order, persistent=False)
 
     def classes(self, labels, z):
-        """One-hot numbers [n, C] of labels [n]; without labels all are of one class."""
+        """One-hot numbers [n, C] of labels [n], which are ignored if the model is not conditional"""
         labels = labels if self.num_classes > 1 else torch.zeros(len(z), dtype=torch.long, device=z.device)
         return F.one_hot(labels, self.num_classes).to(z.dtype)
 
@@ -351,7 +355,7 @@ class Mixture(nn.Module):
     def __init__(self, weights, means, scales):
         super().__init__()
         for name, value in (("weights", weights), ("means", means), ("scales", scales)):
-            self.register_buffer(name, value, persistent=False)  # a checkpoint keeps them apart from weights
+            self.register_buffer(name, value, persistent=False)  # a checkpoint has them as `fitted`
         self.noise_size = means.shape[-1] + 1
 
     @classmethod

@@ -44,7 +44,7 @@ class AE(nn.Module):
                                self.codes_per_latent * latent_size, **widths)
         self.decoder = decoder(shape, self.channels, latent_size + num_classes, **widths)
         self.to(memory_format=torch.channels_last)  # convolutions are faster
-        self.prior = None  # the one of training
+        self.prior = None  # the prior of the loss; an AE has none
         self.fitted = Mixture.standard(latent_size)  # to be fitted to latents; a VAE may have none
 
     # ---- images → z
@@ -169,8 +169,8 @@ class AE(nn.Module):
 class VAE(AE):
     """A variational autoencoder (Kingma & Welling 2014) with a Gaussian posterior.
 
-    prior: a name in PRIORS. With "flow", of so many layers, L_reg is an estimate of the KL from the z that
-        was drawn: unbiased, and it may be negative.
+    prior: a name in PRIORS. With "flow", of prior_layers coupling layers, L_reg is an estimate of the KL from
+        the z that was drawn: unbiased, and it may be negative.
     free_bits: in nats. If the KL of an image in a latent dimension is below this, it gets no gradient (Kingma
         et al. 2016, here for each image). The reported KL is the true one.
     iw_train: the number K of latents of the importance-weighted bound (Burda et al. 2016), whose terms
@@ -182,6 +182,8 @@ class VAE(AE):
     def __init__(self, *args, prior="normal", prior_layers=8, free_bits=0.0, iw_train=0, num_classes=0,
                  **kwargs):
         super().__init__(*args, num_classes=num_classes, **kwargs)
+        if free_bits and (prior != "normal" or iw_train):
+            raise ValueError("free_bits need a KL by dimension: the prior \"normal\", without iw_train")
         self.free_bits, self.iw_train = free_bits, iw_train
         self.prior, self.fitted = PRIORS[prior](self.latent_size, prior_layers, num_classes), None
 
@@ -213,7 +215,7 @@ class VAE(AE):
 
     def forward(self, images, labels=None, noise=None):
         """As AE.forward. With iw_train, noise is [B, K, D]: L_rec is the mean over the K latents, L_reg is
-        the negative bound minus L_rec (it is no KL, and may be negative), and bpd is that of the bound.
+        the negative bound minus L_rec (it is not a KL, and may be negative), and bpd is that of the bound.
         """
         if noise is None:
             k = [self.iw_train] if self.iw_train else []

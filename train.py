@@ -100,7 +100,8 @@ def batches(split, order, args, *key, first=0):
     """This process's part of each batch of a pass in this order, from step `first` on.
 
     key: (purpose,), or in training ("train", epoch), which chooses the random numbers
-    → images, labels, noise (None for an AE), how many images the part counts for, and the whole batch has
+    → images, labels, noise (None for an AE), the number of images that this part counts for, and that of the
+    whole batch
 
     Batches are made for several steps at once, because one by one they would take a twentieth of a small
     model's time. Random numbers are drawn for the whole batch of all processes, so they do not depend
@@ -185,7 +186,7 @@ def run(args, data, checkpoint, signals):
         runs.delete_all_runs(results, checkpoints)
     with runs.run_folders(results, checkpoints, resume=checkpoint is not None):
         print_start(args, data, state)
-        # a run that goes on compares new epochs with its best one
+        # a resumed run compares new epochs with the best one so far
         if state.history and not broadcast(lambda: is_whole(checkpoints / "best.pt")):
             forget_best(args, state, checkpoints)
         log = runs.RunLog(results, state.history)
@@ -195,7 +196,7 @@ def run(args, data, checkpoint, signals):
                 (results / "test.json").unlink(missing_ok=True)  # of fewer epochs
             while state.epoch < args.epochs:
                 row = run_epoch(state, data, args, saver)
-                improved = is_best(row, state)
+                improved = state.is_best(row)
                 state.epoch, state.sums = row["epoch"], no_sums(args.device)
                 state.best, state.history = min(state.best, row["val_loss"]), [*state.history, row]
                 # of a long run about 60 epochs have pictures
@@ -244,19 +245,12 @@ def with_ranking_loss(args, terms):
     return {"loss": terms["rec"] + args.target_beta_val * terms["kl"], **terms}
 
 
-def is_best(row, state):
-    """Whether this epoch has the lowest validation loss so far; then it becomes best.pt. The loss is that of
-    with_ranking_loss.
-    """
-    return row["val_loss"] < state.best
-
-
 @torch.no_grad()
 def fit_best(state, data, args, path, after_step):
-    """Replace the weights by those of best.pt, fit a mixture to their latents of training images (see
+    """Load the weights of best.pt, fit a mixture to latents that they give training images (see
     enough_latents), one draw from q(z|x) for each, and write best.pt again with it, as that of a finished
     run. The mixture's samples are better than those of N(0, I), which the latents of all images together do
-    not match (Hoffman & Johnson 2016; Ghosh et al. 2020). The first process does it, for all.
+    not match (Hoffman & Johnson 2016; Ghosh et al. 2020). The first process fits it, then broadcasts it.
     """
     best, model = broadcast(lambda: load_checkpoint(path)), state.evaluated.eval()
     model.load_state_dict(best["ema"] or best["model"])
@@ -323,8 +317,8 @@ def begin_or_resume(args, data, checkpoint):
             torch.set_num_threads(cli.MOST_THREADS)
         cli.adapt_threads()
     if checkpoint and checkpoint["processes"] != WORLD:
-        warn(f"the run began with {checkpoint['processes']} processes, not {WORLD}, so it will not end with "
-             "the same last bit as without the change")
+        warn(f"the run began with {checkpoint['processes']} processes, not {WORLD}, so its result will "
+             "differ in the last bits")
     torch.backends.cudnn.deterministic = True  # otherwise the same step may end in another last bit
     state = new_state(args, data.about())
     if checkpoint:
@@ -366,9 +360,9 @@ def check_unchanged(args, data, checkpoint):
 def prepare_network(state, data, args):
     """Set state.network: the model, compiled if that is asked for, and wrapped for many processes.
 
-    Two steps are taken here, on zeros and without an update. They show whether a compiler works, and after
-    them DDP has put its buckets into their final order, so that a resumed run adds up gradients in the same
-    order.
+    With either, two steps are taken here, on zeros and without an update. They show whether a compiler works,
+    and after them DDP has put its buckets into their final order, so that a resumed run adds up gradients in
+    the same order.
     """
     cli.allow_tf32(True)  # as in training; otherwise everything would be compiled twice
 
@@ -418,7 +412,7 @@ def free_name(args):
 # How a run is saved, stops, or fails
 
 def scheduled(args):
-    """The arguments that depend on the number of epochs, so that it cannot grow any more."""
+    """The options in use that depend on --epochs. With any of them a resumed run cannot have more epochs."""
     names = ["beta_mode"] * (args.loss_mode == "vae") + ["lr_schedule", "warp"]
     return [f"--{name}" for name in names if vars(args)[name] not in ("constant", 0)]
 
@@ -491,7 +485,7 @@ def print_test(test, args, ratio):
     # with --iw_train, L_reg is no KL, and the advice does not apply
     collapsed = args.loss_mode == "vae" and not args.iw_train and (test["test_kl"] < 1 or few)
     if ratio > (1.1 if collapsed else 0.99):  # a collapsed one decodes the mean image
-        say(f"nothing was learned: reconstructions are no better than one constant image ({ratio:.2f} times "
+        say(f"nothing was learned: reconstructions are no better than the mean test image ({ratio:.2f} times "
             f"its squared error). What may help: more --epochs, a smaller --lr than {args.lr:g}, --grad_clip "
             "1000")
     elif collapsed:
@@ -559,7 +553,7 @@ def run_seeds(args, data, signals):
 
 def earlier_run(args, data):
     """→ the checkpoint of this run if it was begun before, or None; its test figures if it is finished, or
-    None; whether its folder holds only what a run leaves that was killed before its first checkpoint
+    None; whether its folder holds only the leftovers of a run that was killed before its first checkpoint
 
     Raises UserError if it had other arguments or other data, or if its checkpoint is missing.
     """
@@ -568,7 +562,8 @@ def earlier_run(args, data):
     paths = [folder / name for name in ("last.pt", "best.pt") if (folder / name).is_file()]
     if not paths:
         log = results / "metrics.csv"
-        if (results / "test.json").exists() or log.exists() and len(log.read_text().splitlines()) > 1:
+        # such a run has the header, and perhaps the row of the first epoch
+        if (results / "test.json").exists() or log.exists() and len(log.read_text().splitlines()) > 2:
             raise UserError(f"{results} holds results, but {folder} no checkpoint to go on from; "
                             "take another --log_dir, or --overwrite to start all seeds anew")
         return None, None, log.exists()
@@ -758,9 +753,9 @@ def resume_args(parser, defaults, given):
                      f"only a file such as {' or '.join(others) or 'checkpoints/NAME/last.pt'}")
     for name in given:
         if name not in ("dataset", "data_dir", "save_every", "progress_bar", "device", "epochs"):
-            parser.error(f"argument --{name}: not beside --resume, which keeps the run's own; only --dataset "
-                         "(where it was moved to), --data_dir, --save_every, --progress_bar, --device and a "
-                         "larger --epochs")
+            parser.error(f"argument --{name}: not with --resume, which keeps the run's value; allowed are "
+                         "--dataset (where it was moved to), --data_dir, --save_every, --progress_bar, "
+                         "--device and a larger --epochs")
     try:
         checkpoint = verify_checkpoint(path)
     except UserError as error:
@@ -772,17 +767,16 @@ def resume_args(parser, defaults, given):
     args = Namespace(**{**began, **given})
     fixed = scheduled(args)
     if args.epochs < began["epochs"] or (args.epochs > began["epochs"] and fixed):
-        allowed = f"on which {fixed[0]} depends" if fixed else "or more"
-        parser.error(f"argument --epochs: {args.epochs} is not allowed with --resume, only "
-                     f"{began['epochs']} {allowed}")
+        parser.error(f"argument --epochs: not {args.epochs} with --resume; it must be {began['epochs']}"
+                     + (f", because {fixed[0]} depends on it" if fixed else " or more"))
     try:
         device_type(args.device)
     except argparse.ArgumentTypeError:
         parser.error(f"argument --device: the run began on {began['device']}, which is not on this machine; "
-                     f"--device {cli.default_device()} goes on, but not to the same last bit")
+                     f"--device {cli.default_device()} continues it; the last bits will differ")
     if args.device != began["device"]:
-        warn(f"--device {args.device}: the run began on {began['device']}, so it will not end with the same "
-             "last bit as without the change")
+        warn(f"--device {args.device}: the run began on {began['device']}, so its result will differ in the "
+             "last bits")
     find_run(parser, path, args, given)
     problem = dataset_problem(args.dataset)
     if problem:

@@ -37,6 +37,12 @@ class State:
     history: list = field(default_factory=list)  # rows of metrics.csv
     elapsed: float = 0.0                # seconds that this epoch took before the last save
 
+    def is_best(self, row):
+        """Whether this row of metrics.csv has the lowest validation loss so far; if so, it is saved as
+        best.pt. The loss is at the target beta, see train.with_ranking_loss.
+        """
+        return row["val_loss"] < self.best
+
     @property
     def evaluated(self):
         """The model that is validated, drawn and tested."""
@@ -58,7 +64,7 @@ def new_state(args, about):
 
 
 def restore_state(state, checkpoint):
-    """Put the content of a checkpoint into a new state. Raises some exception if it does not fit."""
+    """Put the content of a checkpoint into a new state. May raise any exception if it does not fit."""
     state.model.load_state_dict(checkpoint["model"])
     if state.ema:
         state.ema.load_state_dict(checkpoint["ema"])
@@ -113,11 +119,12 @@ class Saver:
 
     def __init__(self, args, data, state, folder, signals):
         self.args, self.data, self.state, self.folder, self.signals = args, data, state, folder, signals
-        self.steps, self.interval = 0, 1  # since all processes agreed on what to do; until they agree again
+        self.steps, self.interval = 0, 1  # since the processes synchronised; until they do so again
         self.saved = self.agreed = time.monotonic()
         self.stepped = time.perf_counter()  # monotonic() has steps of 16 ms on Windows
         self.epoch_start = self.saved - state.elapsed
-        self.durations, self.first, self.warned = [], None, False  # seconds of steps
+        self.step_seconds = []  # of the steps of this epoch
+        self.first_median, self.warned = None, False
 
     def lap(self):
         """Restart the epoch's clock → the seconds of the epoch that ends now"""
@@ -127,14 +134,14 @@ class Saver:
 
     def warn_if_slow(self):
         """Say once if the steps of an epoch took several times as long as the run's first ones."""
-        if len(self.durations) >= 50:
-            self.first = self.first or statistics.median(self.durations[5:50])
-            slower = statistics.median(self.durations) / max(self.first, 1e-6)
+        if len(self.step_seconds) >= 50:
+            self.first_median = self.first_median or statistics.median(self.step_seconds[5:50])
+            slower = statistics.median(self.step_seconds) / max(self.first_median, 1e-6)
             if slower > 3 and not self.warned:
                 self.warned = True
                 warn(f"steps take {slower:.0f} times as long as the first ones: something else keeps the "
                      "machine busy; OMP_NUM_THREADS=1 before the commands helps, or run them one by one")
-        self.durations = []
+        self.step_seconds = []
 
     def save(self, *names):
         """Write the state to these files. Raises FloatingPointError if it could not be read again."""
@@ -154,13 +161,13 @@ class Saver:
             raise FloatingPointError
         for name in names if RANK == 0 else ():
             save_checkpoint(self.folder / name, checkpoint)
-        self.saved, self.stepped = time.monotonic(), time.perf_counter()  # no step is to blame for this
+        self.saved, self.stepped = time.monotonic(), time.perf_counter()  # not counted as a step's time
 
     def after_step(self):
         """Save if it is time to, and exit if a signal asks for it. Many processes must agree on both. That
         takes time, so they do it every 16 steps, or about every second if steps are slow.
         """
-        self.durations.append(time.perf_counter() - self.stepped)
+        self.step_seconds.append(time.perf_counter() - self.stepped)
         self.save_if_due()
         self.stepped = time.perf_counter()
 

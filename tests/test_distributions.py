@@ -44,6 +44,10 @@ def test_the_gaussian_is_that_of_torch_and_its_best_scale_is_the_error():
     net.likelihood.log_scale.data.fill_((params.tanh() - x).square().mean().sqrt().log())
     loss = net.likelihood.loss(params, images).sum()
     assert torch.autograd.grad(loss, net.likelihood.log_scale)[0].abs() < 1e-9
+    for beyond, side in ((-9.0, 1), (9.0, -1)):  # from beyond its bounds the scale finds back
+        net.likelihood.log_scale.data.fill_(beyond)
+        loss = net.likelihood.loss(params, images).mean()
+        assert loss.isfinite() and side * torch.autograd.grad(loss, net.likelihood.log_scale)[0] < 0
     net.likelihood.log_scale.data.fill_(math.log(0.1))
     drawn = net.likelihood.draw(torch.zeros(20, 2, 50, 50), torch.Generator().manual_seed(0)) / 127.5 - 1
     assert drawn.std().item() == pytest.approx(0.1, rel=0.02) and drawn.mean().item() == \

@@ -60,8 +60,8 @@ def test_steps_that_become_slow_are_reported_once(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(training_state.time, "monotonic", lambda: now[0])
     saver = training_state.Saver.__new__(training_state.Saver)
-    saver.durations, saver.first, saver.warned = [], None, False
+    saver.step_seconds, saver.first_median, saver.warned = [], None, False
     for seconds in (0.01, 0.02, 0.05, 0.05):
-        saver.durations = [seconds] * 60
+        saver.step_seconds = [seconds] * 60
         saver.warn_if_slow()
     assert capsys.readouterr().err.count("5 times as long") == 1
