@@ -310,7 +310,7 @@ SPEEDRUN = [  # NLL, whose, seeds, arguments beside the common ones
 def speedrun(rest):
     """Train the models of SPEEDRUN and measure them, with 100 latents an image; print a row for each.
 
-    rest: further arguments of train.py; a --limit among them is also that of the images that are measured
+    rest: further arguments of train.py. With --limit N among them, N images are measured, of one seed.
     """
     def run(script, *argv):
         subprocess.run([sys.executable, HERE / script, *argv], stdout=subprocess.DEVNULL, check=True)
@@ -319,6 +319,7 @@ def speedrun(rest):
         argv = [*SPEEDRUN_COMMON.split(), *options.split(), *rest]
         print("python train.py", *argv, flush=True)
         took, measured = [], []
+        seeds = 1 if limit else seeds
         for seed in range(1, seeds + 1):
             name = f"speedrun/{row}/seed_{seed}"
             start = time.perf_counter()

@@ -277,7 +277,7 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
             train.main(argv("cut"))
     assert "the same command and --log_dir cut" in capsys.readouterr().out
     Path("results/cut/seed_6").mkdir()  # as if this one had been killed before its first save
-    shutil.copy("results/whole/seed_6/metrics.csv", "results/cut/seed_6")  # the log comes before the checkpoint
+    shutil.copy("results/whole/seed_6/metrics.csv", "results/cut/seed_6")  # written before the checkpoint
     before = Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns
     for other, name in (("--lr=0.5", "--lr 0.002, not 0.5"), ("--epochs=2", "--epochs 1, not 2")):
         status, error = outcome(train.main, [*argv("cut"), other], capsys)
