@@ -24,6 +24,8 @@ from cli import UserError, one_line
 from datasets import DATASETS, cached, cover, grayscale, save_arrays, signature
 
 SPLITS = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")  # names of folders
+SPLIT_LIKE = re.compile(r"(?<![A-Za-z])(?i:train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|holdout)"
+                        r"(?i:set|data|images)?(?![a-z])")  # seg_train, test2017, trainA, dev
 ARRAYS = (".npy", ".npz")  # suffixes of array files
 UNLABELLED = "unlabelled"  # the class of images without one, beside images with classes
 BYTES = 2**25  # of images in memory at a time while they are decoded
@@ -55,7 +57,7 @@ def read_own(path, data_dir, image_size=None, transform="none", value_range=None
         raise UserError(f"{path} is neither one of {', '.join(DATASETS)} nor a folder of images nor an array "
                         "file")
     key = "-".join(hashlib.sha256(part).hexdigest()[:8] for part in (
-        os.fsencode(path.resolve()), repr([6, image_size, transform, value_range, stamp]).encode()))
+        os.fsencode(path.resolve()), repr([7, image_size, transform, value_range, stamp]).encode()))
 
     def make(out):
         writer = Writer(out[0], transform)
@@ -97,18 +99,28 @@ def list_splits(root, said):
     subfolders = {folder.name.lower(): folder for folder in sorted(root.iterdir()) if folder.is_dir()}
     train, val, test = (next((subfolders[name] for name in names if name in subfolders), None)
                         for names in SPLITS)
+    within = []  # folders that hold splits
     for folder in subfolders.values() if not (train and (val or test)) else ():
         inner = {name.lower() for name in next(os.walk(folder), ("", [], []))[1]}
-        if inner & set(SPLITS[0]) and inner & {*SPLITS[1], *SPLITS[2]}:
-            raise UserError(f"{printable(root)}: its folder {printable(folder.name)}/ holds splits "
-                            f"({few(sorted(inner))}); give {printable(folder)} as the dataset")
+        if inner & set(SPLITS[0]) and inner & {*SPLITS[1], *SPLITS[2]} and list_images(folder, []):
+            within.append(folder)
+    if within:
+        raise UserError(f"{printable(root)}: {few(f'{printable(folder.name)}/' for folder in within)} holds "
+                        "train/ and others; " + (
+                            f"give {printable(within[0])} as the dataset" if len(within) == 1 else
+                            "the splits come first, their classes in them: train/cat, test/cat"))
     if not (train and (val or test)):
-        folders = {name for name, folder in subfolders.items() if list_images(folder, [])}
-        if folders and all(name.startswith(tuple(names[0] for names in SPLITS)) for name in folders):
-            raise UserError(f"{printable(root)} has {'/, '.join(sorted(folders))}/, which look like splits, "
-                            "but there is no train/ beside val/ or test/; rename them, or give one of them "
-                            "itself as the dataset")
+        folders = {folder.name for folder in subfolders.values() if list_images(folder, [])}
+        if folders and all(map(SPLIT_LIKE.search, folders)):
+            raise UserError(f"{printable(root)} has {few(map(printable, sorted(folders)))}, which look like "
+                            "splits, but there is no train/ beside val/ or test/; rename them, or give one "
+                            "of them itself as the dataset")
         by_class = [list_images(root, said), {}, {}]
+        arrays = [path.name for path in by_class[0].get("", ()) if path.suffix.lower() == ".npy"
+                  and any(path.stem.lower() in names for pair in KEYS[1:] for names in pair)]
+        if arrays:
+            raise UserError(f"{printable(root)} has {few(arrays)}, which look like parts of one dataset; "
+                            "save them in one file: np.savez('all.npz', x_train=…, y_train=…, x_test=…)")
     else:
         parts = [part for part in (train, val, test) if part]
         both = ", ".join(f"{printable(part.name)}/" for part in parts)
@@ -117,7 +129,7 @@ def list_splits(root, said):
         loose = sum(path.suffix.lower() in suffixes() for path in root.iterdir() if path.is_file())
         others += [f"{loose} images"] * bool(loose)
         if others:
-            said.append(f"{printable(root)}: left out: beside {both}, {few(others)}")
+            said.append(f"{printable(root)}: left out: {few(others)}, because {both} are there")
         by_class = [list_images(part, said) if part else {} for part in (train, val, test)]
         if not by_class[0]:
             raise UserError(f"{printable(train)} holds no images that can be read")
@@ -169,7 +181,15 @@ def list_images(root, said):
     folders = {printable(folder.name): inside(folder) for folder in sorted(root.iterdir())
                if folder.is_dir() and visible(folder.name)
                and not root.resolve().is_relative_to(folder.resolve())}  # a link back to the root
+    empty = [name for name, files in folders.items() if not files]
     folders = {name: files for name, files in folders.items() if files}
+    if folders and empty:
+        said.append(f"{printable(root)}: left out: folders without images ({few(empty)})")
+    deeper = [file for files in folders.values() for file in files
+              if len(file.relative_to(root).parts) > 2]
+    if deeper:
+        said.append(f"{printable(root)}: its folders ({few(folders)}) are the classes, not those below them, "
+                    f"such as {printable(deeper[0].parent.relative_to(root).as_posix())}")
     loose = sorted(images(root, [path.name for path in root.iterdir() if not path.is_dir()]))
     if skipped:
         kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in skipped.most_common(8))
@@ -184,9 +204,10 @@ def list_images(root, said):
 
 
 def printable(path):
-    """A path as text of one line, even if its name holds bytes that are no text."""
-    text = os.fsencode(path).decode(errors="replace")
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    """A path as text of one line; bytes that are no text, and letters such as tabs, are escaped."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+                   for letter in text)
 
 
 def few(names, most=8):
@@ -219,6 +240,17 @@ class Found:
         before = self.ranges.get(top, (low, high))
         self.ranges[top] = min(low, before[0]), max(high, before[1])
 
+    def lines(self, value_range):
+        """What is said of these images"""
+        lines = [f"{count:,} images {LINES[kind]}" for kind, count in self.kinds.items() if count]
+        for top, (low, high) in self.ranges.items():
+            top = top or self.untyped and self.untyped[1]
+            if top and not value_range and (high - low) * 8 < top:
+                cut = top == 255 and self.kinds["upper 8 bits"]
+                lines.append(f"of 0 to {top}, " + (f"its values go from {low:g} to {high:g}" if cut else
+                                                   range_advice(low, high)))
+        return lines
+
     def add(self, other):
         for top, values in other.ranges.items():
             self.look(np.array(values), top)
@@ -231,7 +263,10 @@ LINES = {
                    "infrared?), save the other three without it",
     "more bands": "have more bands than can be used, which are left out",
     "not finite": "hold values that are not finite, which become black",
-    "upper 8 bits": "are in colour of 16 bits, of which Pillow reads the upper 8",
+    "upper 8 bits": "are in colour of 16 bits, of which Pillow reads the upper 8; .npy files keep all",
+    "clipped": "have values beyond the value range, which are clipped",
+    "palette": "have a palette, to whose colours the value range was applied",
+    "nearly black": "have no value above 2 of 255; are they of another scale than the rest?",
     "channels first": "are arrays of 3 or 4 x height x width, each taken as one image in colour",
 }
 
@@ -256,6 +291,7 @@ def to_bytes(values, value_range, found):
     value_range = value_range or (found.untyped if top is None else None)
     if value_range:
         low, high = value_range
+        found.kinds["clipped"] += bool(((values < min(low, high)) | (values > max(low, high))).any())
         scaled = (values.astype(np.float64) - low) * (255 / (high - low))
         return np.nan_to_num(scaled.clip(0, 255)).round().astype(np.uint8)
     if top is None:
@@ -306,14 +342,16 @@ def as_stack(array, single):
             return np.moveaxis(stack, 1, 3)
         if last:
             return stack
-    if stack.ndim == 3 and 0 not in stack.shape[1:]:
+    if stack.ndim == 3 and 0 not in stack.shape[1:] and stack.shape[2] > 4:
         return stack
     raise ValueError(f"its shape is {'x'.join(map(str, shape))}; images are N x height x width, with 1, 3 or "
-                     "4 channels last or second")
+                     "4 channels last or second (of one image, N is 1)")
 
 
 def finish_image(pixels, image_size, found):
     """uint8 [H, W] or [H, W, C] → [H, W] or [H, W, 3] of the image size"""
+    if pixels.size and 0 < pixels.max() <= 2:
+        found.kinds["nearly black"] += 1
     if pixels.ndim == 3 and pixels.shape[2] == 4:
         found.kinds["more bands"] += 1
         pixels = pixels[..., :3]
@@ -340,7 +378,11 @@ def to_array(image, image_size, value_range, found):
             raise ValueError("16-bit colour, of which Pillow reads 8 bits; --value_range needs .npy")
         found.kinds["upper 8 bits"] += 1
     unsigned = kind == "TIFF" and image.mode == "I" and image.tag_v2.get(339) == (1,)  # Pillow's I is signed
+    white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0 and image.mode.startswith("I;16")
+    signed = kind == "TIFF" and image.mode == "L" and image.tag_v2.get(339) == (2,)
     image = ImageOps.exif_transpose(image)
+    if signed:  # Pillow takes these for unsigned
+        return finish_image(to_bytes(np.asarray(image).view(np.int8), value_range, found), image_size, found)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if unsigned:
@@ -348,8 +390,11 @@ def to_array(image, image_size, value_range, found):
         elif image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM"):
             # some versions open 16 bits as 32
             values = values.clip(0, 65535).astype(np.uint16)
+        if white_is_zero:  # which Pillow heeds in 8 bits only
+            values = 65535 - values
         return finish_image(to_bytes(values, value_range, found), image_size, found)
     grey, palette = image.mode in ("1", "L", "LA", "La"), image.mode in ("P", "PA")
+    found.kinds["palette"] += palette and value_range is not None
     if more_bands:
         found.kinds["more bands"] += 1
     elif image.has_transparency_data:
@@ -390,7 +435,7 @@ def read_images(path, part, image_size, value_range, found):
         raise ValueError("no file")
     if path.suffix.lower() == ".npy":
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        found.kinds["channels first"] += array.ndim == 3 and array.shape[0] in (3, 4)
+        found.kinds["channels first"] += bool(array.ndim == 3 and array.shape[0] in (3, 4))
         stack = as_stack(array, single=True)[part.start:part.stop]
         return [finish_image(to_bytes(image, value_range, found), image_size, found) for image in stack]
     images = []
@@ -467,7 +512,7 @@ def read_folder(root, splits, writer, image_size, value_range, progress_bar):
             bar.update(len(done))
     if not writer.written:
         path, error = writer.unreadable[0]
-        raise UserError(f"{printable(root)}: none of its {len(items)} image files can be read, such as "
+        raise UserError(f"{printable(root)}: none of its {len(items)} image files can be used, such as "
                         f"{printable(path)} ({error})")
     writer.found.untyped, writer.files = untyped, len({path for path, *_ in items})
     for names, files, count in zip(SPLITS, splits, writer.counts):
@@ -518,14 +563,19 @@ def read_paths(paths, shape, transform, value_range, untyped):
     found = Found(untyped)
     for path in files:
         try:
+            if path.suffix.lower() == ".npz":
+                raise ValueError("it may hold many arrays; save one of them as .npy")
             read = read_images(path, range(count_images(path)[0]), shape[1:], value_range, found)
             if not read:
                 raise ValueError("it holds no image")
+        except UntypedValues as error:
+            raise UserError(f"{printable(path)}: {one_line(error).split(';')[0]}, and the model was not "
+                            "trained on such numbers; save it as uint8 or uint16")
         except Exception as error:  # a damaged file may raise anything
             raise UserError(f"{printable(path)} cannot be read ({one_line(error)})")
         images += read
         names += [printable(path) + (f"#{page}" if len(read) > 1 else "") for page in range(len(read))]
-    for line in [*said, *(f"{count:,} images {LINES[kind]}" for kind, count in found.kinds.items())]:
+    for line in [*said, *found.lines(value_range)]:
         print(line, file=sys.stderr)
     colour = np.stack([image if image.ndim == 3 else image[..., None].repeat(3, 2) for image in images])
     colour = np.ascontiguousarray(colour.transpose(0, 3, 1, 2))
@@ -570,6 +620,9 @@ def read_arrays(path, writer, image_size, value_range, progress_bar):
         labels, classes = read_labels(path, [label and file[label] for _, label in parts],
                                       [0 if stack is None else len(stack) for stack in stacks], writer)
     except Exception as error:  # bytes that only look like an array file may raise anything
+        if re.search("pickle|Python objects", str(error)):
+            error = "it is damaged, or holds Python objects; save numbers, and labels as numbers or text " \
+                    "(array.astype(str))"
         raise UserError(f"{printable(path)}: {one_line(error)}")
     if keys:
         writer.lines.append(f"{printable(path)}: left out: {few(keys.values())}")
@@ -612,18 +665,19 @@ def read_labels(path, arrays, lengths, writer):
         if array is None or not n:
             flat.append([""] * n)
             continue
-        if len(array) != n:
-            raise ValueError(f"{n} images, but {len(array)} labels")
+        if array.ndim == 0 or len(array) != n:
+            raise ValueError(f"{n} images, but {1 if array.ndim == 0 else len(array)} labels")
         if array.ndim == 2 and array.shape[1] > 1 and array.dtype.kind in "buif" and \
                 ((array == 0) | (array == 1)).all() and (array.sum(1) == 1).all():
             array = array.argmax(1)
         array = array.reshape(n, -1)
-        if array.shape[1] != 1 or array.dtype.kind == "f" and (array != np.round(array)).any():
+        if array.shape[1] != 1 or array.dtype.kind == "f" and not (
+                (array == np.round(array)) & (np.abs(array) < 2**53)).all():
             writer.lines.append(f"{printable(path)}: left out: its labels, which are no classes")
             return [np.zeros(n, np.int64) for n in lengths], []
         if array.dtype.kind in "bf":
             array = array.astype(np.int64)
-        flat.append([label.decode(errors="replace") if isinstance(label, bytes) else str(label)
+        flat.append([label.decode(errors="backslashreplace") if isinstance(label, bytes) else str(label)
                      for label in array[:, 0].tolist()])
     found = set().union(*flat)
     if found <= {""}:
@@ -718,13 +772,8 @@ class Writer:
         if self.unreadable:
             bad = len({path for path, _ in self.unreadable})
             lines.append(f"{name}: {bad} of {self.files} files cannot be read, so left out")
-        lines += [f"{name}: {count:,} images {LINES[kind]}" for kind, count in self.found.kinds.items()]
-        fix = ""
-        for top, (low, high) in self.found.ranges.items():
-            fix = range_advice(low, high)
-            top = top or self.found.untyped and self.found.untyped[1]
-            if top and not value_range and (high - low) * 8 < top:
-                lines.append(f"{name}: of 0 to {top}, {fix}")
+        lines += [f"{name}: {line}" for line in self.found.lines(value_range)]
+        fix = "".join(range_advice(*values) for values in [*self.found.ranges.values()][-1:])
         report = {"lines": lines, "classes": classes, "intensities": [self.low, self.high], "fix": fix,
                   "untyped": self.found.untyped}
         report = np.frombuffer(json.dumps(report).encode(), np.uint8)

@@ -715,6 +715,11 @@ def check_args(parser, args):
                 Path(vars(args)[name]).resolve().is_relative_to(Path(args.dataset).resolve()):
             parser.error(f"argument --dataset: --{name} {vars(args)[name]} lies within {args.dataset!r}, so "
                          "what is written there would become images of it; move one of them")
+    for root in (args.results_dir, args.checkpoint_dir):
+        folder = Path(root, args.log_dir or "")
+        if args.log_dir and Path(args.dataset).resolve().is_relative_to(folder.resolve()):
+            parser.error(f"argument --log_dir: {args.dataset!r} lies within {folder}, where the run would "
+                         "write pictures; take another name")
     if len(args.image_size or ()) > 2:
         parser.error(f"argument --image_size: {len(args.image_size)} numbers, only height [width]")
     if args.binarize == "stochastic" and args.levels != 2:

@@ -452,7 +452,10 @@ def test_types_of_arrays_and_where_black_and_white_are_plain(tmp_path):
     ({"x_train": np.zeros((20, 3, 9, 3), np.uint8)}, "both the second and the last"),
     ({"x": np.zeros((20, 100), np.uint8)}, "20x100; images are N x height x width"),
     ({"x": np.zeros((20, 9, 9, 7), np.uint8)}, "with 1, 3 or 4 channels"),
-    ({"x": np.array([{"a": 1}] * 20)}, "allow_pickle"),
+    ({"x": np.array([{"a": 1}] * 20)}, "holds Python objects"),
+    ({"x": np.zeros((20, 9, 9)), "y": np.array(["a", None] * 10)}, "holds Python objects"),
+    ({"x": np.zeros((20, 9, 9), np.uint8), "y": np.array(3)}, "20 images, but 1 labels"),
+    ({"x": np.zeros((64, 64, 3), np.uint8)}, "64x64x3; .*of one image, N is 1"),
     ({"x": np.full((20, 9, 9), "a")}, "not numbers"),
     ({"faces": np.zeros((20, 9, 9)), "ages": np.zeros(20)}, "its keys are faces, ages"),
     ({"x": np.zeros((20, 9, 9), np.uint8), "y": np.zeros(19, int)}, "20 images, but 19 labels"),
@@ -552,6 +555,9 @@ def test_labels_of_two_types_are_the_same_classes(tmp_path, capsys):
 @pytest.mark.parametrize("layout, said", [("wrap/train wrap/test", "give .*wrap as the dataset"),
                                           ("images/train images/val", "give .*images as the dataset"),
                                           ("train_set test_set", "look like splits"),
+                                          ("seg_train seg_test", "look like splits"),
+                                          ("train dev", "look like splits"),
+                                          ("cat/train cat/test dog/train dog/test", "splits come first"),
                                           ("trainA trainB testA testB", "look like splits")])
 def test_splits_one_level_down_are_no_class(tmp_path, layout, said):
     for folder in layout.split():
@@ -585,3 +591,77 @@ def test_unsigned_floats_and_reduced_pages(tmp_path):
     (tmp_path / "x.pfm").write_bytes(b"Pf\n8 8\n-1.0\n" + (values / 2**32).astype("<f4").tobytes())
     assert len(np.unique(one(tmp_path / "x.pfm", value_range=(0, 1)))) == 64
     assert np.array_equal(files.to_bytes(np.arange(9, dtype=">u2") * 256, None, files.Found()), np.arange(9))
+
+
+def test_folders_whose_names_are_no_text_stay_apart(tmp_path):
+    for name in (b"M\xfcller", b"M\xf6ller", b"a\tb", b"a\nb"):
+        for i in range(10):
+            picture(tmp_path / "in" / os.fsdecode(name) / f"{i}.png", seed=len(name) + i)
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert sorted(read.classes) == ["M\\xf6ller", "M\\xfcller", "a\\nb", "a\\tb"]
+    assert len(read.train) + len(read.val) + len(read.test) == 40
+
+
+def test_a_run_does_not_write_into_its_dataset(workplace, capsys):
+    picture(workplace / "results" / "flat" / "0.png", seed=0)
+    status, error = outcome(train.main, ["--dataset", "results/flat", "--log_dir", "flat"], capsys)
+    assert status == 2 and "lies within results/flat" in error
+
+
+def test_arrays_in_a_folder_that_are_parts_of_a_dataset(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        np.save(tmp_path / "in" / name, np.zeros((20, 9, 9), np.uint8))
+    with pytest.raises(UserError, match="x_test.npy.* parts of one dataset"):
+        data.load(str(tmp_path / "in"), tmp_path)
+
+
+def test_values_of_another_scale_or_beyond_the_range_are_said(tmp_path, capsys):
+    images = np.stack([255 * blob(9, 9, i) for i in range(40)])
+    np.savez(tmp_path / "in.npz", x_train=images, x_test=images[:8] / 255)
+    data.load(str(tmp_path / "in.npz"), tmp_path)
+    assert "8 images have no value above 2 of 255" in capsys.readouterr().err
+    np.save(tmp_path / "in.npy", images.astype(np.uint8))
+    data.load(str(tmp_path / "in.npy"), tmp_path, value_range=(50, 200))
+    assert "40 images have values beyond the value range" in capsys.readouterr().err
+    data.load(str(tmp_path / "in.npy"), tmp_path, value_range=(255, 0))
+    assert not capsys.readouterr().err
+    save(tmp_path / "12_bits.png", (4095 * blob(9, 9, 0)).astype(np.uint16))
+    files.read_paths([tmp_path / "12_bits.png"], (1, 9, 9), "none", None, None)
+    assert "of 0 to 65535, its values go from" in capsys.readouterr().err
+    np.save(tmp_path / "floats.npy", images[:1])
+    with pytest.raises(UserError, match="float64.*save it as uint8"):
+        files.read_paths([tmp_path / "floats.npy"], (1, 9, 9), "none", None, None)
+    files.read_paths([tmp_path / "floats.npy"], (1, 9, 9), "none", None, (0, 1))
+    assert "1 images have values beyond" in capsys.readouterr().err
+
+
+def test_labels_too_large_for_numbers_are_no_classes(tmp_path, capsys):
+    for big in (1e20, np.inf):
+        np.savez(tmp_path / "in.npz", x=np.eye(9)[None].repeat(20, 0), y=np.where(np.arange(20) % 2, big, 0))
+        assert data.load(str(tmp_path / "in.npz"), tmp_path).classes == []
+        assert "labels, which are no classes" in capsys.readouterr().err
+
+
+def test_tiffs_where_white_is_zero_or_bytes_are_signed(tmp_path):
+    values = np.arange(81, dtype=np.uint16).reshape(9, 9) * 800
+    save(tmp_path / "x.tif", values)
+    content, entry = (tmp_path / "x.tif").read_bytes(), struct.pack("<HHI", 262, 3, 1)
+    at = content.index(entry) + len(entry)
+    (tmp_path / "x.tif").write_bytes(content[:at] + b"\0" + content[at + 1:])
+    assert np.array_equal(one(tmp_path / "x.tif"), (65535 - values) >> 8)
+    signed = np.arange(-40, 41, dtype=np.int8).reshape(9, 9)
+    Image.fromarray(signed.view(np.uint8)).save(tmp_path / "y.tif", tiffinfo={339: 2})
+    with pytest.raises(files.UntypedValues, match="int8"):
+        one(tmp_path / "y.tif")
+    assert np.array_equal(one(tmp_path / "y.tif", value_range=(-40, 215)), signed.astype(int) + 40)
+
+
+def test_folders_below_the_classes_and_empty_ones_are_said(tmp_path, capsys):
+    for i, name in enumerate(["animal/cat", "animal/dog", "plant/fern"] * 6):
+        picture(tmp_path / "in" / name / f"{i}.png", seed=i)
+    (tmp_path / "in" / "stone").mkdir()
+    assert data.load(str(tmp_path / "in"), tmp_path).classes == ["animal", "plant"]
+    said = capsys.readouterr().err
+    assert "(animal, plant) are the classes, not those below them, such as animal/cat" in said
+    assert "folders without images (stone)" in said
