@@ -97,10 +97,47 @@ def list_splits(root, said):
     said: gets lines about what is left out
     """
     subfolders = {folder.name.lower(): folder for folder in sorted(root.iterdir()) if folder.is_dir()}
-    train, val, test = (next((subfolders[name] for name in names if name in subfolders), None)
-                        for names in SPLITS)
+    parts = [next((subfolders[name] for name in names if name in subfolders), None) for names in SPLITS]
+    train, val, test = parts
+    if train and (val or test):
+        by_class = list_parts(root, parts, said)
+    else:
+        by_class = [list_images(root, said), {}, {}]
+        refuse_other_splits(root, subfolders.values(), by_class[0].get("", ()))
+    number = {name: i for i, name in enumerate(dict.fromkeys(name for part in by_class for name in part))}
+    classes = [] if set(number) <= {""} else [name or UNLABELLED for name in number]
+    return [[(path, number[name]) for name, files in part.items() for path in files]
+            for part in by_class], classes
+
+
+def list_parts(root, parts, said):
+    """→ list_images of train/, val/ and test/, of which one may be None. Raises UserError."""
+    names = ", ".join(f"{printable(part.name)}/" for part in parts if part)
+    others = [f"{printable(path.name)}/" for path in sorted(root.iterdir())
+              if path not in parts and list_images(path, [])]
+    loose = sum(path.suffix.lower() in suffixes() for path in root.iterdir() if path.is_file())
+    others += [f"{loose} images"] * bool(loose)
+    if others:
+        said.append(f"{printable(root)}: left out: {few(others)}, because {names} are there")
+    by_class = [list_images(part, said) if part else {} for part in parts]
+    if not by_class[0]:
+        raise UserError(f"{printable(parts[0])} holds no images that can be read")
+    for part, files in zip(parts, by_class):
+        if part and not files:
+            said.append(f"{printable(part)} holds no images: a random tenth of the training images takes its "
+                        "place")
+    if len({tuple(part) for part in by_class if part}) > 1:
+        said.append(f"{printable(root)}: not the same classes in {names} (" + "; ".join(
+            few(name or "none" for name in part) for part in by_class if part) + ")")
+    return by_class
+
+
+def refuse_other_splits(root, subfolders, loose):
+    """Raise UserError if folders or .npy files look like splits in another layout than train/, val/, test/:
+    taken as classes, they would put test images into the training.
+    """
     within = []  # folders that hold splits
-    for folder in subfolders.values() if not (train and (val or test)) else ():
+    for folder in subfolders:
         inner = {name.lower() for name in next(os.walk(folder), ("", [], []))[1]}
         if inner & set(SPLITS[0]) and inner & {*SPLITS[1], *SPLITS[2]} and list_images(folder, []):
             within.append(folder)
@@ -109,41 +146,15 @@ def list_splits(root, said):
                         "train/ and others; " + (
                             f"give {printable(within[0])} as the dataset" if len(within) == 1 else
                             "the splits come first, their classes in them: train/cat, test/cat"))
-    if not (train and (val or test)):
-        folders = {folder.name for folder in subfolders.values() if list_images(folder, [])}
-        if folders and all(map(SPLIT_LIKE.search, folders)):
-            raise UserError(f"{printable(root)} has {few(map(printable, sorted(folders)))}, which look like "
-                            "splits, but there is no train/ beside val/ or test/; rename them, or give one "
-                            "of them itself as the dataset")
-        by_class = [list_images(root, said), {}, {}]
-        arrays = [path.name for path in by_class[0].get("", ()) if path.suffix.lower() == ".npy"
-                  and any(path.stem.lower() in names for pair in KEYS[1:] for names in pair)]
-        if arrays:
-            raise UserError(f"{printable(root)} has {few(arrays)}, which look like parts of one dataset; "
-                            "save them in one file: np.savez('all.npz', x_train=…, y_train=…, x_test=…)")
-    else:
-        parts = [part for part in (train, val, test) if part]
-        both = ", ".join(f"{printable(part.name)}/" for part in parts)
-        others = [f"{printable(path.name)}/" for path in sorted(root.iterdir())
-                  if path not in parts and list_images(path, [])]
-        loose = sum(path.suffix.lower() in suffixes() for path in root.iterdir() if path.is_file())
-        others += [f"{loose} images"] * bool(loose)
-        if others:
-            said.append(f"{printable(root)}: left out: {few(others)}, because {both} are there")
-        by_class = [list_images(part, said) if part else {} for part in (train, val, test)]
-        if not by_class[0]:
-            raise UserError(f"{printable(train)} holds no images that can be read")
-        for part, files in zip((train, val, test), by_class):
-            if part and not files:
-                said.append(f"{printable(part)} holds no images: a random tenth of the training images takes "
-                            "its place")
-        if len({tuple(part) for part in by_class if part}) > 1:
-            said.append(f"{printable(root)}: not the same classes in {both} (" + "; ".join(
-                few(name or "none" for name in part) for part in by_class if part) + ")")
-    number = {name: i for i, name in enumerate(dict.fromkeys(name for part in by_class for name in part))}
-    classes = [] if set(number) <= {""} else [name or UNLABELLED for name in number]
-    return [[(path, number[name]) for name, files in part.items() for path in files]
-            for part in by_class], classes
+    folders = [printable(folder.name) for folder in subfolders if list_images(folder, [])]
+    if folders and all(map(SPLIT_LIKE.search, folders)):
+        raise UserError(f"{printable(root)} has {few(folders)}, which look like splits, but there is no "
+                        "train/ beside val/ or test/; rename them, or give one of them itself as the dataset")
+    arrays = [path.name for path in loose if path.suffix.lower() == ".npy"
+              and any(path.stem.lower() in names for pair in KEYS[1:] for names in pair)]
+    if arrays:
+        raise UserError(f"{printable(root)} has {few(arrays)}, which look like parts of one dataset; save "
+                        "them in one file: np.savez('all.npz', x_train=…, y_train=…, x_test=…)")
 
 
 def list_images(root, said):
