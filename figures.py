@@ -96,6 +96,12 @@ def draw_metric(axis, history, key, title):
     values = [row[prefix + key] for row in history for prefix in curves]
     if 0 < 10 * min(values) < max(values):  # with annealing, the KL of the first epoch would hide the rest
         axis.set_yscale("log")
+    elif len(history) > 3:  # a first epoch far above the others would press these into a line
+        later = [row[prefix + key] for row in history[1:] for prefix in curves]
+        low, high = min(later), max(later)
+        if max(values) > 2 * high - low > high:
+            axis.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))
+            axis.set_title(f"{title} (first epoch off the scale)", fontsize="medium")
     if key in ("loss", "rec", "kl"):  # a squared error has no unit
         axis.set_ylabel("nats per image" if key == "kl" or "val_bpd" in history[0] else "per image")
     if key == "beta":
@@ -167,10 +173,11 @@ def scatter(axis, points, labels, names):
     axis.set_box_aspect(1)
 
 
-def units(path, title, kl, active, t, densities):
+def units(path, title, names, kl, active, t, densities):
     """The KL of each latent dimension, and the aggregate posterior of some dimensions beside N(0, 1).
 
-    kl, active: [D], in the order of the figure; t: [T]; densities: dimension's name → density at t, [T]
+    names, kl, active: [D], in the order of the figure; t: [T]; densities: name of a dimension → density at t,
+        [T]
     """
     figure = new_figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(textwrap.fill(title, 120), fontsize=10, x=0.01, ha="left")
@@ -184,7 +191,10 @@ def units(path, title, kl, active, t, densities):
              label=f"active ({int(active.sum())})")
     axis.set(xlabel="latent dimension, in order of its KL", ylabel="KL, nats", xlim=(0.4, len(kl) + 0.6),
              ylim=(0, top))
-    axis.locator_params(axis="x", integer=True)
+    if len(names) <= 40:
+        axis.set_xticks(ranks.tolist(), names, rotation=90, fontsize=8)
+    else:
+        axis.locator_params(axis="x", integer=True)
     axis.legend(loc="upper right")
     panels = right.subplots(-(-len(densities) // 3), min(3, len(densities)), sharex=True, sharey=True,
                             squeeze=False)

@@ -320,8 +320,9 @@ def latents(subject):
     what = "latents" if subject.codes.std is None else "means of the posterior"
     names = subject.about["classes"]
     many = f", coloured by their {len(names)} classes" if len(names) > 20 else ""
-    subject.save("latents.png", figures.latents, f"{what} of {len(points):,} test images{many}", points,
-                 subject.codes.labels, names, axes)
+    few = f", in two of {subject.model.latent_size} dimensions: what overlaps here may be apart in the others"
+    subject.save("latents.png", figures.latents, f"{what} of {len(points):,} test images{many}"
+                 + few * (subject.model.latent_size > 2), points, subject.codes.labels, names, axes)
 
 
 def units(subject):
@@ -341,7 +342,8 @@ def units(subject):
     n, kl = int(codes.active.sum()), codes.kl.sum()
     subject.save("units.png", figures.units, f"{n} of {subject.model.latent_size} units active (the variance "
                  f"of their mean over {len(codes.z):,} test images is above 0.01), KL {kl:.1f} nats",
-                 codes.kl[codes.order], codes.active[codes.order], t, densities)
+                 [f"z{d + 1}" for d in codes.order.tolist()], codes.kl[codes.order],
+                 codes.active[codes.order], t, densities)
 
 
 def traversals(subject, rows=10, steps=11):
@@ -376,8 +378,9 @@ def nearest(subject, n=8, k=9):
         names = [f"{subject.about['classes'][label]}: " for label in labels.tolist()]
     shown = torch.cat([asked[:n, None], found], 1)
     subject.save("nearest.png", figures.labelled_grid, f"mean images of samples from {subject.prior_name}, "
-                 "and the training images nearest to each, with the distance of the nearest (median of "
-                 f"reconstructions of unseen test images: {distances[n:, 0].median():.2f})",
+                 "and the training images nearest to each, with the distance of the nearest. Distances far "
+                 f"below {distances[n:, 0].median():.2f}, the median of reconstructed test images, would "
+                 "mean that the model memorises",
                  shown.view(-1, *subject.model.shape), shown.shape[1],
                  [f"{name}{distance:.2f}" for name, distance in zip(names, away)],
                  ["sample", "nearest", *map(str, range(2, shown.shape[1]))])

@@ -32,15 +32,24 @@ def test_curves_have_a_panel_for_each_metric_that_there_is(curves, monkeypatch):
                                                  ("reconstruction", [[3, 4]] * 2)]
     assert [title for title, _ in panels(1.0, 1.0, loss=3, rec=2, kl=1, bpd=4)][2:] == ["KL", "bits/dim"]
     assert panels(0.0, 1.0, loss=3, rec=2, kl=1, bpd=4)[4] == ("beta", [[0, 1]])
+    panels(*[None] * 4, loss=-1, rec=3)
+    assert "off the scale" not in kept[-1].axes[0].get_title()
+    names = "train_loss", "val_loss", "train_rec", "val_rec"
+    rows = [{"epoch": i, "beta": None, **dict.fromkeys(names, loss)}
+            for i, loss in enumerate((160, 100, 95, 90), 1)]
+    runs.draw_curves(rows, None)
+    assert "off the scale" in kept[-1].axes[0].get_title() and kept[-1].axes[0].get_ylim()[1] == 103
 
 
 def test_figures_show_the_numbers_that_they_are_given(monkeypatch):
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
     kl, t = torch.tensor([2.0, 1.0, 0.5]), torch.linspace(-4, 4, 9)
-    figures.units("", "", kl, torch.tensor([True, True, False]), t, {"z2": t ** 2, "z1": t + 4})
+    figures.units("", "", ["z2", "z1", "z3"], kl, torch.tensor([True, True, False]), t,
+                  {"z2": t ** 2, "z1": t + 4})
     bars, *panels = kept[0].get_axes()
     assert [bar.get_height() for bar in bars.containers[1]] == kl.tolist()
+    assert [tick.get_text() for tick in bars.get_xticklabels()] == ["z2", "z1", "z3"]
     assert [bar.get_x() + bar.get_width() / 2 for bar in bars.containers[0]] == [3]  # inactive
     assert [panel.collections[0].get_paths()[0].vertices[:, 1].max() for panel in panels] == [16, 8]
     labels, names = torch.tensor([2, 0, 2, 1]), ["a", "b", "c"]

@@ -142,14 +142,14 @@ def test_latents_are_the_means_or_their_principal_components(folder, workplace, 
 def test_units_are_in_the_order_of_their_kl(folder, workplace, drawn):
     fit(folder, "--levels=2", epochs=4)
     infer.main(["--only", "units"])
-    kl, active, t, densities = drawn["units"][2:]
+    names, kl, active, t, densities = drawn["units"][2:]
     mean, log_std = encoded(folder, levels=2)[2]
     posterior = D.Normal(mean, log_std.exp())
     expected = D.kl_divergence(posterior, D.Normal(0.0, 1.0)).mean(0)
     order = expected.argsort(descending=True)
     torch.testing.assert_close(kl, expected[order])
     assert active.tolist() == (mean[:, order].var(0, correction=0) > 0.01).tolist()
-    assert list(densities) == [f"z{d + 1}" for d in order.tolist()]
+    assert names == list(densities) == [f"z{d + 1}" for d in order.tolist()]
     weights = D.Categorical(torch.ones(len(mean)))
     for d, density in zip(order.tolist(), densities.values()):
         mixture = D.MixtureSameFamily(weights, D.Normal(mean[:, d], log_std[:, d].exp()))
@@ -232,7 +232,7 @@ def test_nearest_are_the_nearest_training_images(folder, workplace, drawn):
     net, everything, _ = encoded(folder)  # all 40 test images are asked for
     unseen = net.reconstruct(pixels(everything.test)).detach().flatten(1).double()
     away = torch.stack([(train_images - image).square().sum(1).sqrt().min() for image in unseen])
-    assert float(re.search(r"images: (.*)\)", title)[1]) == pytest.approx(away.median().item(), abs=0.01)
+    assert float(re.search(r"below (.*), the median", title)[1]) == pytest.approx(away.median().item(), abs=0.01)
     fit(folder, "--levels=2", "--binarize=stochastic")
     infer.main(["--only", "nearest"])
     images, columns, distances, _ = drawn["labelled_grid"][2:]

@@ -83,5 +83,8 @@ def test_submission_without_a_checkpoint_or_that_does_not_run(folder, workplace,
 
 
 def test_the_pictures_of_the_readme_are_there():
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (HERE / "README.md").read_text())
-    assert len(pictures) >= 6 and [path for path in pictures if not (HERE / path).is_file()] == []
+    pictures = []
+    for page in (HERE / "README.md", HERE / "results" / "README.md"):
+        found = re.findall(r"!\[.*?\]\((.*?)\)|<img src=\"(.*?)\"", page.read_text())
+        pictures += [page.parent / "".join(paths) for paths in found]
+    assert len(pictures) >= 7 and [path for path in pictures if not path.is_file()] == []
