@@ -37,7 +37,8 @@ from utils import active_dimensions, image_grid, interleave, mean_and_covariance
 
 
 def restore(path, device="cpu"):
-    """The model of a checkpoint in evaluation mode, and the checkpoint, a dictionary.
+    """The model of a checkpoint in evaluation mode, without gradients of its weights, and the checkpoint, a
+    dictionary.
 
     path: a string or a path; device: such as "cpu" or "cuda"
     Raises UserError if the file is damaged or not of this project.
@@ -54,7 +55,7 @@ def restore(path, device="cpu"):
         checkpoint["data"]["images"], checkpoint["data"]["crc32"], checkpoint["epoch"], checkpoint["history"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this project ({one_line(error)})")
-    return model.to(device).eval(), checkpoint
+    return model.to(device).eval().requires_grad_(False), checkpoint
 
 
 @dataclass

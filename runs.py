@@ -26,7 +26,8 @@ from figures import draw_curves
 # ------------------------------------------------------------------------------------------------------------
 # Folders: results/NAME and checkpoints/NAME
 
-HOW_TO_GO_ON = "take another name, --resume its last.pt to continue it, or --overwrite to replace it"
+HOW_TO_GO_ON = "take another name, --resume its last.pt (if it was saved at all) to continue it, or " \
+               "--overwrite to start it anew"
 FILES = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png",
          "samples*.png", "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png",
          "latents.*", "units.png", "traversals.png", "nearest.png", "images*.png", "progress.gif",

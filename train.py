@@ -212,7 +212,7 @@ def run(args, data, checkpoint, signals):
             test = test_best(state, data, args, checkpoints, saver.after_step)
         except FloatingPointError:
             raise UserError(not_finite_message(args, state, checkpoints))
-        print_test(test, args, error_ratio(state.evaluated, data))
+        print_test(test, args, error_ratio(state.evaluated, data), steps_per_epoch(data, args))
         if RANK == 0:
             runs.write_json(results / "test.json", test)
         log.close(state.history)
@@ -444,8 +444,8 @@ def not_finite_message(args, state, checkpoints):
 def print_start(args, data, state):
     say(f"{args.log_dir}: {sum(p.numel() for p in state.model.parameters()):,} parameters, "
         f"{'x'.join(map(str, data.shape))} pixels of {data.levels} levels, "
-        f"{' + '.join(f'{n:,}' for n in data.about()['images'])} images, {args.device}, {args.precision}"
-        + (f", {WORLD} processes" if WORLD > 1 else "")
+        f"{' + '.join(f'{n:,}' for n in data.about()['images'])} images, {args.device}, {args.precision}, "
+        + (f"{WORLD} processes" if WORLD > 1 else f"threads: {torch.get_num_threads()}")
         + (f"; goes on after step {state.step:,}" if state.step else ""))
     if data.classes:
         counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
@@ -471,10 +471,10 @@ def print_epoch(row, args, improved):
         f"{row['seconds']:.1f} s{left if seconds else ''}{', best so far' if improved else ''}")
 
 
-def print_test(test, args, ratio):
+def print_test(test, args, ratio, steps):
     """The test figures, and advice if nothing was learned, or if the posterior has collapsed onto the prior.
 
-    ratio: as error_ratio returns it
+    ratio: as error_ratio returns it; steps: of an epoch
     """
     say(f"best epoch {test['epoch']} on the test images: " + describe(test, "test_"))
     active = test.get("active_units")
@@ -486,8 +486,9 @@ def print_test(test, args, ratio):
     collapsed = args.loss_mode == "vae" and not args.iw_train and (test["test_kl"] < 1 or few)
     if ratio > (1.1 if collapsed else 0.99):  # a collapsed one decodes the mean image
         say(f"nothing was learned: reconstructions are no better than the mean test image ({ratio:.2f} times "
-            f"its squared error). What may help: more --epochs, a smaller --lr than {args.lr:g}, --grad_clip "
-            "1000")
+            "its squared error). What may help: " + (
+                "more steps, by a smaller --batch_size and more --epochs" if steps < 10 else
+                f"more --epochs, a smaller --lr than {args.lr:g}, --grad_clip 1000"))
     elif collapsed:
         say("the posterior collapsed: the decoder hardly uses z. What may help: "
             + "--free_bits 0.1, " * (args.prior == "normal")
@@ -754,8 +755,11 @@ def resume_args(parser, defaults, given):
     path = given.pop("resume")
     others = [other.as_posix() for other in sorted(path.parent.glob("*.pt")) if other != path]
     if not path.is_file():
-        parser.error(f"argument --resume: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
-                     f"only a file such as {' or '.join(others) or 'checkpoints/NAME/last.pt'}")
+        killed = not others and (path.parent / "lock").exists()
+        problem = f"{str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
+        parser.error(f"argument --resume: {problem}" + (
+            "the run was killed before it was saved; start it anew, with --overwrite" if killed else
+            f"only a file such as {' or '.join(others) or 'checkpoints/NAME/last.pt'}"))
     for name in given:
         if name not in ("dataset", "data_dir", "save_every", "progress_bar", "device", "epochs"):
             parser.error(f"argument --{name}: not with --resume, which keeps the run's value; allowed are "

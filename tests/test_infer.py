@@ -232,7 +232,8 @@ def test_nearest_are_the_nearest_training_images(folder, workplace, drawn):
     net, everything, _ = encoded(folder)  # all 40 test images are asked for
     unseen = net.reconstruct(pixels(everything.test)).detach().flatten(1).double()
     away = torch.stack([(train_images - image).square().sum(1).sqrt().min() for image in unseen])
-    assert float(re.search(r"below (.*), the median", title)[1]) == pytest.approx(away.median().item(), abs=0.01)
+    said = float(re.search(r"below (.*), the median", title)[1])
+    assert said == pytest.approx(away.median().item(), abs=0.01)
     fit(folder, "--levels=2", "--binarize=stochastic")
     infer.main(["--only", "nearest"])
     images, columns, distances, _ = drawn["labelled_grid"][2:]

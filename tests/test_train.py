@@ -527,3 +527,12 @@ def test_the_mixture_is_fitted_to_draws_from_posteriors_of_training_images(folde
     assert 0.7 < score.std() < 2 and not torch.equal(latents, mean)
     shuffled = (latents - mean.roll(7, 0)) / log_std.exp()
     assert shuffled.std() > score.std()
+
+
+def test_a_run_killed_before_its_first_save_is_begun_anew(folder, workplace, capsys):
+    (workplace / "checkpoints" / "run").mkdir(parents=True)
+    (workplace / "checkpoints" / "run" / "lock").touch()
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt"], capsys)
+    assert status == 2 and "start it anew, with --overwrite" in error
+    fit(folder, epochs=1)  # with --overwrite
+    assert training_state.is_whole(Path("checkpoints/run/last.pt"))
