@@ -140,6 +140,7 @@ def test_training_learns_and_grad_clip_bites(folder, workplace):
     assert clipped[1]["val_loss"] != rows[1]["val_loss"]
 
 
+@pytest.mark.slow
 def test_collapse_is_reported(folder, workplace, capsys):
     collapse = "--target_beta_val=1000", "--lr=1e-2", "--recon_loss=mse"
     fit(folder, *collapse, epochs=20)
