@@ -184,8 +184,6 @@ def own_images(paths, about, transform="none", value_range=None, device="cpu"):
     → a Split without classes, whose labels are 0. Raises UserError if one cannot be read.
     """
     images, names = read_paths(paths, about["shape"], transform, value_range, about.get("untyped"))
-    shape = "x".join(map(str, about["shape"]))
-    print(f"{len(images):,} images, brought to {shape} pixels of {about['levels']} levels, as in training")
     return Split(torch.from_numpy(images), torch.arange(len(images)),
                  torch.zeros(len(images), dtype=torch.long, device=device), about["levels"], names=names)
 

@@ -103,7 +103,7 @@ def list_splits(root, said):
         by_class = list_parts(root, parts, said)
     else:
         by_class = [list_images(root, said), {}, {}]
-        refuse_other_splits(root, subfolders.values(), by_class[0].get("", ()))
+        refuse_other_splits(root, subfolders.values(), by_class[0])
     number = {name: i for i, name in enumerate(dict.fromkeys(name for part in by_class for name in part))}
     classes = [] if set(number) <= {""} else [name or UNLABELLED for name in number]
     return [[(path, number[name]) for name, files in part.items() for path in files]
@@ -118,7 +118,7 @@ def list_parts(root, parts, said):
     loose = sum(path.suffix.lower() in suffixes() for path in root.iterdir() if path.is_file())
     others += [f"{loose} images"] * bool(loose)
     if others:
-        said.append(f"{printable(root)}: left out: {few(others)}, because {names} are there")
+        said.append(f"{printable(root)}: left out: {few(others)}, because it has {names}")
     by_class = [list_images(part, said) if part else {} for part in parts]
     if not by_class[0]:
         raise UserError(f"{printable(parts[0])} holds no images that can be read")
@@ -132,9 +132,11 @@ def list_parts(root, parts, said):
     return by_class
 
 
-def refuse_other_splits(root, subfolders, loose):
-    """Raise UserError if folders or .npy files look like splits in another layout than train/, val/, test/:
-    taken as classes, they would put test images into the training.
+def refuse_other_splits(root, subfolders, classes):
+    """Raise UserError if folders or .npy files look like splits in another layout than train/, val/, test/.
+    If they were taken for classes, test images would be trained on.
+
+    classes: as list_images returns them
     """
     within = []  # folders that hold splits
     for folder in subfolders:
@@ -142,15 +144,15 @@ def refuse_other_splits(root, subfolders, loose):
         if inner & set(SPLITS[0]) and inner & {*SPLITS[1], *SPLITS[2]} and list_images(folder, []):
             within.append(folder)
     if within:
-        raise UserError(f"{printable(root)}: {few(f'{printable(folder.name)}/' for folder in within)} holds "
-                        "train/ and others; " + (
+        raise UserError(f"{printable(root)}: {few(f'{printable(folder.name)}/' for folder in within)} has "
+                        "splits (train/ and others) inside; " + (
                             f"give {printable(within[0])} as the dataset" if len(within) == 1 else
                             "the splits come first, their classes in them: train/cat, test/cat"))
-    folders = [printable(folder.name) for folder in subfolders if list_images(folder, [])]
+    folders = [name for name in classes if name]
     if folders and all(map(SPLIT_LIKE.search, folders)):
         raise UserError(f"{printable(root)} has {few(folders)}, which look like splits, but there is no "
                         "train/ beside val/ or test/; rename them, or give one of them itself as the dataset")
-    arrays = [path.name for path in loose if path.suffix.lower() == ".npy"
+    arrays = [path.name for path in classes.get("", ()) if path.suffix.lower() == ".npy"
               and any(path.stem.lower() in names for pair in KEYS[1:] for names in pair)]
     if arrays:
         raise UserError(f"{printable(root)} has {few(arrays)}, which look like parts of one dataset; save "
@@ -199,8 +201,8 @@ def list_images(root, said):
     deeper = [file for files in folders.values() for file in files
               if len(file.relative_to(root).parts) > 2]
     if deeper:
-        said.append(f"{printable(root)}: its folders ({few(folders)}) are the classes, not those below them, "
-                    f"such as {printable(deeper[0].parent.relative_to(root).as_posix())}")
+        said.append(f"{printable(root)}: its folders ({few(folders)}) are the classes; folders inside them, "
+                    f"such as {printable(deeper[0].parent.relative_to(root).as_posix())}, are not")
     loose = sorted(images(root, [path.name for path in root.iterdir() if not path.is_dir()]))
     if skipped:
         kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in skipped.most_common(8))
@@ -270,6 +272,7 @@ class Found:
 
 LINES = {
     "frames": "are of several frames or layers, of which only the first is used",
+    "pages": "begin a damaged file, whose later pages are left out",
     "transparent": "have transparent parts, which become white; if the fourth band is something else (near "
                    "infrared?), save the other three without it",
     "more bands": "have more bands than can be used, which are left out",
@@ -421,9 +424,9 @@ def to_array(image, image_size, value_range, found):
 # ------------------------------------------------------------------------------------------------------------
 # A folder
 
-def count_images(path):
+def count_images(path, found):
     """How many images a file holds, and about how many bytes one of them has: the pages of a TIFF, the images
-    of a .npy file, 1 of any other file.
+    of a .npy file, 1 of any other file. A TIFF whose list of pages is damaged is counted in `found`.
     """
     from PIL import Image
     try:
@@ -431,8 +434,15 @@ def count_images(path):
             stack = as_stack(np.load(path, mmap_mode="r", allow_pickle=False), single=True)
             return len(stack), stack[:1].nbytes
         if path.suffix.lower() in (".tif", ".tiff"):
-            with Image.open(path) as image:
-                return image.n_frames, image.width * image.height * 4
+            with warnings.catch_warnings(record=True) as warned, Image.open(path) as image:
+                warnings.simplefilter("always")
+                try:
+                    pages = image.n_frames
+                except Exception:  # the list breaks off; at some places Pillow only warns
+                    pages = 1
+                    warned.append("Corrupt EXIF data")
+            found.kinds["pages"] += any("EXIF" in str(warning) for warning in warned)
+            return pages, image.width * image.height * 4
     except Exception:  # it is reported when it is read
         pass
     return 1, 0
@@ -477,7 +487,7 @@ def read_folder(root, splits, writer, image_size, value_range, progress_bar):
     items = []  # path, label, split, some pages; a page at a time has to fit into memory
     for split, files in enumerate(splits):
         for path, label in files:
-            pages, size = count_images(path)
+            pages, size = count_images(path, writer.found)
             step = max(1, BYTES // 4 // max(size, 1))
             items += [(path, label, split, range(first, min(first + step, pages)))
                       for first in range(0, pages, step)]
@@ -576,7 +586,7 @@ def read_paths(paths, shape, transform, value_range, untyped):
         try:
             if path.suffix.lower() == ".npz":
                 raise ValueError("it may hold many arrays; save one of them as .npy")
-            read = read_images(path, range(count_images(path)[0]), shape[1:], value_range, found)
+            read = read_images(path, range(count_images(path, found)[0]), shape[1:], value_range, found)
             if not read:
                 raise ValueError("it holds no image")
         except UntypedValues as error:

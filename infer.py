@@ -748,6 +748,9 @@ def main(argv=None):
         split = own_images(args.images, subject.about, subject.trained["transform"],
                            subject.trained["value_range"], args.device) if args.images else \
             getattr(subject.data, args.split)
+        if args.images:
+            shape, levels = "x".join(map(str, subject.about["shape"])), subject.about["levels"]
+            print(f"--images: {len(split):,}, brought to {shape} pixels of {levels} levels, as in training")
         if args.export:
             export(subject, split)
         else:

@@ -73,12 +73,13 @@ class AE(nn.Module):
         return self.decoder(z).to(z.dtype)
 
     def decode_in_parts(self, z, labels=None):
-        """As decode, for any number of latents in bounded memory: yields the params of some images at a time.
+        """As decode, for any number of latents in bounded memory: yields a slice and the params of these.
+        Write what is kept into a tensor made before the loop. Otherwise small results lie between large ones
+        that are freed, and the free memory is in pieces too small to be used again.
         """
-        latents = z.split(self.max_batch)
-        labels = [None] * len(latents) if labels is None else labels.split(self.max_batch)
-        for z_part, labels_part in zip(latents, labels):
-            yield self.decode(z_part, labels_part)
+        for first in range(0, len(z), self.max_batch):
+            part = slice(first, first + self.max_batch)
+            yield part, self.decode(z[part], None if labels is None else labels[part])
 
     @property
     def max_batch(self):
@@ -87,7 +88,10 @@ class AE(nn.Module):
 
     def mean_images(self, z, labels=None):
         """z [n, D] → mean images in [0, 1], [n, C, H, W]; in bounded memory"""
-        return torch.cat([self.likelihood.mean(params) for params in self.decode_in_parts(z, labels)])
+        images = z.new_empty(len(z), *self.shape)
+        for part, params in self.decode_in_parts(z, labels):
+            images[part] = self.likelihood.mean(params)
+        return images
 
     def reconstruct(self, images, labels=None):
         """Integer levels [B, C, H, W] → mean images in [0, 1] of their z, [B, C, H, W]"""
@@ -122,9 +126,11 @@ class AE(nn.Module):
         → (x_samples: integer levels, uint8 [n, C, H, W]; x_mean: mean images in [0, 1], [n, C, H, W])
         """
         z = self.sample_latents(n, labels, temperature, generator, fitted)
-        parts = [(self.likelihood.draw(params, generator), self.likelihood.mean(params))
-                 for params in self.decode_in_parts(z, labels)]
-        return tuple(torch.cat(images) for images in zip(*parts))
+        mean = z.new_empty(n, *self.shape)
+        drawn = torch.empty_like(mean, dtype=torch.uint8)
+        for part, params in self.decode_in_parts(z, labels):
+            drawn[part], mean[part] = self.likelihood.draw(params, generator), self.likelihood.mean(params)
+        return drawn, mean
 
     @torch.no_grad()
     def fit_gaussian(self, batches, all_reduce_sum=lambda sums: sums):

@@ -721,6 +721,8 @@ def check_args(parser, args):
         if args.log_dir and Path(args.dataset).resolve().is_relative_to(folder.resolve()):
             parser.error(f"argument --log_dir: {args.dataset!r} lies within {folder}, where the run would "
                          "write pictures; take another name")
+    if max(args.image_size or [0]) > 2048:
+        parser.error(f"argument --image_size: {max(args.image_size)} is too large; 2048 is the most")
     if len(args.image_size or ()) > 2:
         parser.error(f"argument --image_size: {len(args.image_size)} numbers, only height [width]")
     if args.binarize == "stochastic" and args.levels != 2:

@@ -98,7 +98,7 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--iw_train 5 --target_beta_val 2", "--target_beta_val"), ("--iw_train -1", "--iw_train"),
         ("--loss_mode ae --iw_train 5", "--iw_train"), ("--ema 1", "--ema: 1"),
         ("--loss_mode ae --prior flow", "--prior"), ("--prior flow --free_bits 1", "--free_bits"),
-        ("--prior_layers 4", "--prior_layers"),
+        ("--prior_layers 4", "--prior_layers"), ("--image_size 100000", "2048 is the most"),
         ("--warp 1.5", "--warp: 1.5"), ("--warp -1", "--warp"),
         ("--lr_schedule step", "cosine"), ("--recon_loss l1", "mse"), ("--model vit", "mlp"),
         ("--transform sepia", "grayscale3"),

@@ -663,5 +663,17 @@ def test_folders_below_the_classes_and_empty_ones_are_said(tmp_path, capsys):
     (tmp_path / "in" / "stone").mkdir()
     assert data.load(str(tmp_path / "in"), tmp_path).classes == ["animal", "plant"]
     said = capsys.readouterr().err
-    assert "(animal, plant) are the classes, not those below them, such as animal/cat" in said
+    assert "(animal, plant) are the classes; folders inside them, such as animal/cat, are not" in said
     assert "folders without images (stone)" in said
+
+
+def test_later_pages_of_a_damaged_tiff_are_said(tmp_path, capsys):
+    pages = [Image.fromarray((255 * blob(9, 9, i)).astype(np.uint8)) for i in range(6)]
+    for i in range(6):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pages[0].save(tmp_path / "in" / f"{i}.tif", save_all=True, append_images=pages[1:])
+    content = (tmp_path / "in" / "3.tif").read_bytes()
+    (tmp_path / "in" / "3.tif").write_bytes(content[:len(content) // 2])
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert len(read.train) + len(read.val) + len(read.test) < 36
+    assert "1 images begin a damaged file, whose later pages" in capsys.readouterr().err

@@ -405,3 +405,20 @@ def test_of_many_classes_32_are_drawn(workplace, capsys, drawn):
     assert "the first 32 of 300 classes" in capsys.readouterr().out
     infer.main(["--only", "classes", "--classes", "299", "7"])
     assert drawn["labelled_grid"][4] == ["299", "7"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_many_classes_and_many_samples_need_bounded_memory(folder, workplace):
+    def peak(script, *argv):
+        code = f"import sys, re, {script}; {script}.main(sys.argv[1:]); " \
+               "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+        out = subprocess.run([sys.executable, "-c", code, *argv], check=True, capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": str(HERE)}).stdout
+        return int(out.splitlines()[-1]) / 1024  # MB
+    images = np.random.default_rng(0).integers(0, 256, (12_000, 28, 28)).astype(np.uint8)
+    np.savez("many.npz", images=images, labels=np.arange(12_000) % 3000)
+    assert peak("train", "--dataset=many.npz", "--conditional", "--epochs=1", "--log_dir=many") < 1000
+    assert peak("infer", "--ckpt=checkpoints/many/best.pt") < 1000
+    fit(folder, "--recon_loss=categorical", "--limit=20", epochs=1)  # 200,704 numbers an image
+    assert peak("infer", "--ckpt=checkpoints/run/best.pt", "--only=samples", "--num_samples=4000") < 1000

@@ -141,6 +141,12 @@ def test_bound_differs_from_the_likelihood_by_the_kl_to_the_true_posterior():
     assert (rec + kl).item() == pytest.approx((gap - evidence).item(), abs=5 * spread.item())
 
 
+@pytest.mark.parametrize("other", [{"prior": "flow"}, {"iw_train": 3}])
+def test_free_bits_without_a_kl_by_dimension_are_refused(other):
+    with pytest.raises(ValueError, match="KL by dimension"):
+        model.VAE((1, 8, 8), 2, "mlp", 6, hidden_dims=[16], free_bits=0.1, **other)
+
+
 @pytest.mark.parametrize("free_bits", [0.05, 0.5])
 def test_free_bits_have_the_gradient_of_the_clamped_kl_and_report_the_true_one(free_bits):
     torch.manual_seed(0)
