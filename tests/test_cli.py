@@ -38,6 +38,7 @@ def test_scripts_start_as_commands_and_help_names_every_default(workplace, folde
     assert wrong.stderr.count("\n") == 1 and "--lr" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_training_does_not_wait_for_imports_that_nobody_needs(folder, workplace):
     argv = ["--dataset", str(folder), "--model", "mlp", "--epochs", "1", "--log_dir", "run"]
     script = f"import sys, train; train.main({argv}); print([name in sys.modules for name in " \
@@ -62,6 +63,7 @@ cli.run_script(lambda: print(-work() + work()))
     assert int(done.stdout) < 5000, done.stderr  # of 100,000 pages
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_the_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=3", "--log_dir=run"]

@@ -52,6 +52,7 @@ def test_without_a_file_it_is_the_newest_checkpoint(folder, workplace, capsys):
                                                              "index.html"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--loss_mode=ae", "--model=cnn"],
                                    ["--latent_size=2", "--levels=16", "--model=cnn"]], ids=str)
 def test_infer_twice_is_the_same_to_the_byte(folder, workplace, flags):
@@ -292,6 +293,7 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
     assert outcome(infer.main, ["--compare", "--ckpt", files[0]], capsys)[0] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--conditional"], ["--loss_mode=ae"]], ids=str)
 def test_the_explorer_follows_its_widgets(folder, workplace, monkeypatch, flags):
     import matplotlib
