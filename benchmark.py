@@ -23,7 +23,7 @@ from datasets import NAMED, import_torchvision
 from model import build
 from networks import NETWORKS
 
-processors.CHOSEN = True  # measure with all threads
+processors.THREADS_CHOSEN = True  # measure with all threads
 HERE = Path(__file__).resolve().parent
 COLUMNS = {"model": "model", "batch_size": "batch", "images_per_second": "images/s",
            "floor_images_per_second": "floor, images/s", "floor_ratio": "of the floor",

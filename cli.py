@@ -125,14 +125,14 @@ def adapt_threads():
     """Compute with as many threads as other processes leave free, unless the user has chosen their number.
     With more, threads wait for each other in every operation.
     """
-    if processors.CHOSEN or WORLD > 1 or processors.load.seconds() < 0.5:  # a coarse count
+    if processors.THREADS_CHOSEN or WORLD > 1 or processors.load.seconds() < 0.5:  # a coarse count
         return
     others = processors.load.look()
     threads = min(MOST_THREADS, processors.free(others))
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
         say(f"computes with {threads} thread{'s' * (threads > 1)}: other processes use {others:.1f} of "
-            f"{processors.available()} processors")
+            f"{len(processors.affinity())} processors")
 
 
 def allow_tf32(allowed):
@@ -197,6 +197,7 @@ def run_script(main):
     """
     gc.set_threshold(100_000)  # imports make a million objects, none of them garbage
     keep_freed_memory()
+    processors.watch()
     status = 0
     try:
         main()

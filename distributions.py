@@ -31,7 +31,7 @@ class SquaredError:
         self.levels = levels
 
     def channels(self, image_channels):
-        """The number of params of a pixel, for images with so many channels."""
+        """The number of params of a pixel, for images with `image_channels` channels."""
         return image_channels
 
     def loss(self, params, images):
@@ -51,7 +51,7 @@ class SquaredError:
 
 class Gaussian(nn.Module):
     """`gaussian`: a Gaussian on [-1, 1] around tanh(params), with one standard deviation for all pixels,
-    learned (Dai & Wipf 2019; Rybkin et al. 2021). It is a density of continuous values, so -log p(x|z) may
+    learned (Dai & Wipf 2019; Rybkin et al. 2021). It is a density of continuous values, so −log p(x|z) may
     be negative.
     """
 
@@ -65,7 +65,7 @@ class Gaussian(nn.Module):
     @property
     def bounded_log_scale(self):
         """The log of a scale between 1 / (2 levels) and e³ (about 20), so that exp neither overflows nor
-        vanishes. Its gradient passes the bounds, or a parameter beyond them would never come back.
+        vanishes. The gradient ignores the bounds, or a parameter beyond them would never come back.
         """
         bounded = self.log_scale.clamp(-math.log(2 * self.levels), 3)
         return self.log_scale + (bounded - self.log_scale).detach()
@@ -203,20 +203,19 @@ LIKELIHOODS = {"mse": SquaredError, "gaussian": Gaussian, "bce": Bernoulli, "cat
 
 
 def default_likelihood(levels, is_vae):
-    """The name of the likelihood for images of so many levels"""
+    """The name of the likelihood for images of this number of levels, 2, 16 or 256"""
     return {2: "bce", 16: "categorical", 256: "gaussian" if is_vae else "mse"}[levels]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Distributions of latents z. Each maps N(0, I) noise [n, noise_size] to z; its inverse, density and KL follow
-# from that map.
+# Priors p(z). Each maps N(0, I) noise [n, noise_size] to z; its inverse, density and KL follow from that map.
 
 class StandardNormal(nn.Module):
     """N(0, I), the prior of a VAE (Kingma & Welling 2014)."""
 
     wants_mixture = True  # whether samples are better from a mixture that is fitted after training
     description = "the prior N(0, I)"
-    base_name = "in the latent space"  # where N(0, I) is, for captions
+    base_name = "in the latent space"  # what captions call the space in which the prior is N(0, I)
 
     def __init__(self, latent_size, layers=0, num_classes=0):
         super().__init__()
@@ -235,8 +234,7 @@ class StandardNormal(nn.Module):
         return log_normal(z)
 
     def kl(self, mean, log_std, z, labels=None):
-        """KL(q ‖ p) of q = N(mean, exp(log_std)²), in nats, [B, D] → [B]; z, a draw from q, is not needed
-        """
+        """KL(q ‖ p) of q = N(mean, exp(log_std)²), in nats, [B, D] → [B]; z, a draw from q, is unused here"""
         return KLD(mean, log_std)
 
     def kl_by_dimension(self, mean, log_std):
@@ -260,7 +258,7 @@ class Coupling(nn.Module):
         nn.init.zeros_(self.net[-1].bias)
 
     def shift_and_log_scale(self, kept, classes):
-        """→ two [n, D/2]; scales within exp(±1) keep training stable"""
+        """→ two [n, ⌈D/2⌉]; scales within exp(±1) keep training stable"""
         shift, log_scale = self.net(torch.cat([kept, classes], 1)).to(kept.dtype).chunk(2, 1)
         return shift, log_scale.tanh()
 
@@ -299,7 +297,7 @@ class Flow(nn.Module):
     def classes(self, labels, z):
         """One-hot numbers [n, C] of labels [n], which are ignored if the model is not conditional"""
         labels = labels if self.num_classes > 1 else torch.zeros(len(z), dtype=torch.long, device=z.device)
-        return F.one_hot(labels, self.num_classes).to(z.dtype)
+        return F.one_hot(labels, self.num_classes).to(z)
 
     def transform(self, noise, labels=None):
         z, classes = noise, self.classes(labels, noise)
@@ -327,7 +325,7 @@ class Flow(nn.Module):
         return log_normal(noise) + log_det
 
     def kl(self, mean, log_std, z, labels=None):
-        """log q(z|x) - log p(z) at z, an unbiased estimate of the KL, in nats, [B, D] → [B]; may be negative.
+        """log q(z|x) − log p(z) at z, an unbiased estimate of the KL, in nats, [B, D] → [B]; may be negative.
 
         The gradient of log q flows only through z. The rest of it is 0 in expectation, so it would only add
         noise (Roeder et al. 2017).
@@ -342,6 +340,9 @@ class Flow(nn.Module):
 
 PRIORS = {"normal": StandardNormal, "flow": Flow}
 
+
+# ------------------------------------------------------------------------------------------------------------
+# A mixture that is fitted after training, to draw samples from
 
 class Mixture(nn.Module):
     """A mixture of K Gaussians with full covariances, fitted to latents; a mixture for each of C classes.
@@ -376,7 +377,8 @@ class Mixture(nn.Module):
 
     def transform(self, noise, labels=None):
         """N(0, I) → z, [n, D + 1] → [n, D]"""
-        labels = noise.new_zeros(len(noise), dtype=torch.long) if len(self.weights) == 1 else labels
+        labels = noise.new_zeros(len(noise)) if len(self.weights) == 1 else labels
+        labels = labels.to(noise.device, torch.long)
         edges = self.weights.cumsum(1)[:, :-1]
         # the last component of a class that has fewer than K takes what rounding has left of the sum
         edges = edges.where(self.weights.flip(1).cumsum(1).flip(1)[:, 1:] > 0, torch.inf)
@@ -398,17 +400,18 @@ class Mixture(nn.Module):
 
 def cholesky(covariance, mean):
     """The Cholesky factor of a covariance [D, D], with a ridge, without which it fails at a constant
-    dimension. Rounding errors grow with the mean [D].
+    dimension. The ridge's last term covers rounding errors, which grow with the mean [D].
     """
     ridge = 1e-6 * covariance.diagonal().mean() + 1e-12 + 1e-14 * mean.square().sum()
     return torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean)).to(covariance))
 
 
 def fit_mixture(latents, labels=None, num_classes=1, components=50):
-    """Fit a mixture of up to so many Gaussians to the latents of each class, by expectation-maximisation.
+    """Fit a mixture of up to `components` Gaussians to the latents of each class, by
+    expectation-maximisation.
 
     latents: [N, D], on the CPU; labels: [N], of a conditional model; computed in float64
-    At most n / (10 D) components for the n latents of a class, and at least one; one above 128 dimensions. A
+    A class of M latents has at most M / (10 D) components, and at least one; one above 128 dimensions. A
     class with fewer than 10 D latents gets one Gaussian with the covariance within all classes.
     → a Mixture in float32, on the CPU. Raises FloatingPointError if a latent is not finite.
     """
@@ -421,16 +424,16 @@ def fit_mixture(latents, labels=None, num_classes=1, components=50):
     mixture = Mixture(torch.zeros(num_classes, most), torch.zeros(num_classes, most, size),
                       torch.eye(size).repeat(num_classes, most, 1, 1))
     # a class without an image gets the mean of all
-    centres = [latents.mean(0) if len(latents) else z.mean(0) for latents in classes]
-    centred = [latents - centre for latents, centre in zip(classes, centres)]
-    common = cholesky(sum(latents.T @ latents for latents in centred) / n, z.mean(0))
-    for label, (centre, latents) in enumerate(zip(centres, centred)):
-        few = len(latents) < 10 * size
-        k = min(most, max(1, len(latents) // (10 * size)))
-        scale = common if few else cholesky(latents.T @ latents / len(latents), centre)
+    centres = [own.mean(0) if len(own) else z.mean(0) for own in classes]
+    centred = [own - centre for own, centre in zip(classes, centres)]
+    common = cholesky(sum(own.T @ own for own in centred) / n, z.mean(0))
+    for label, (centre, own) in enumerate(zip(centres, centred)):
+        few = len(own) < 10 * size
+        k = min(most, max(1, len(own) // (10 * size)))
+        scale = common if few else cholesky(own.T @ own / len(own), centre)
         weights, means, scales = torch.ones(1), torch.zeros(1, size), torch.eye(size, dtype=z.dtype)[None]
         if k > 1:  # in coordinates in which the covariance of all latents of the class is the identity
-            whitened = torch.linalg.solve_triangular(scale.T, latents, upper=True, left=False)
+            whitened = torch.linalg.solve_triangular(scale.T, own, upper=True, left=False)
             weights, means, scales = expectation_maximisation(whitened, k)
         mixture.weights[label, :k] = weights
         mixture.means[label, :k] = centre + means.to(scale) @ scale.T
@@ -439,13 +442,15 @@ def fit_mixture(latents, labels=None, num_classes=1, components=50):
 
 
 def enough_latents(size):
-    """How many latents of D dimensions a mixture of each class is fitted to, so that it takes seconds."""
+    """The number of latents of `size` dimensions to which the mixture of a class is fitted: 20 for each
+    dimension, or more as long as the fit takes seconds only.
+    """
     return max(int(2**17 / (2 * size) ** 0.5), 20 * size)
 
 
 def expectation_maximisation(z, components, steps=15, gain=1e-3):
     """Fit a mixture of K Gaussians to whitened z [N, D], float64 (Dempster et al. 1977), from the clusters of
-    k-means, until a step gains less than so many nats a latent. Deterministic.
+    k-means, until a step gains less than `gain` nats a latent. Deterministic.
 
     → weights [K], means [K, D], Cholesky factors of the covariances [K, D, D]
 

@@ -732,7 +732,7 @@ def read_data(args, trained, about):
 def main(argv=None):
     args = parse_args(argv)
     cli.allow_tf32(False)
-    if not processors.CHOSEN:
+    if not processors.THREADS_CHOSEN:
         torch.set_num_threads(min(torch.get_num_threads(), processors.available()))
     if args.explore:
         figures.want_window()

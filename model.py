@@ -1,9 +1,9 @@
 """The autoencoder, the variational autoencoder (VAE) and the conditional VAE.
 
 A model is an encoder and a decoder (networks.py), a likelihood p(x|z) and a prior p(z) (distributions.py).
-Outside a model an image is integer levels (uint8, 0 … levels - 1); the networks see [-1, 1]; mean images are
-in [0, 1]. Every loss is a sum over pixels or latent dimensions and a mean over the batch, so that beta means
-the same at every image size.
+Outside a model, images hold integer levels (uint8, 0 … levels - 1); the networks see [-1, 1]; mean images are
+in [0, 1]. Every loss is a sum over pixels or latent dimensions and a mean over the batch, so that beta = 1 is
+the ELBO at every image size.
 """
 
 import math
@@ -16,19 +16,19 @@ from distributions import LIKELIHOODS, PRIORS, Mixture, default_likelihood
 from networks import NETWORKS
 from utils import elbo_to_bpd, log_normal, mean_and_covariance, normalize, sample_reparameterize
 
-MAX_DECODER_OUTPUTS = 2**20  # numbers in one call of the decoder outside training, to bound the memory
+MAX_DECODER_OUTPUTS = 2**20  # numbers that decode_in_parts makes at a time, to bound the memory
 
 
 class AE(nn.Module):
     """An autoencoder. It has no prior, so its samples come from a mixture of Gaussians fitted to latents.
 
-    shape: (C, H, W), any from 8×8 up; levels: the number of values of a pixel
+    shape: (C, H, W), any from 8×8 up; levels: the number of values of a pixel, 2, 16 or 256
     model: a name in NETWORKS; hidden_dims, num_filters: the widths of its layers
     recon_loss: a name in LIKELIHOODS; None for the one that fits the levels
-    num_classes: of a conditional model; 0 for any other
+    num_classes: set by ConditionalVAE, which alone uses them; 0 for any other model
     """
 
-    codes_per_latent = 1  # outputs of the encoder for each latent dimension: here z itself
+    outputs_per_latent = 1  # of the encoder: here z itself
 
     def __init__(self, shape, levels=256, model="cnn", latent_size=32, hidden_dims=(512,), num_filters=8,
                  recon_loss=None, num_classes=0):
@@ -41,9 +41,9 @@ class AE(nn.Module):
         widths = {name: widths[name] for name in width_names}
         # A conditional encoder sees the class as one more channel.
         self.encoder = encoder((shape[0] + bool(num_classes), *shape[1:]),
-                               self.codes_per_latent * latent_size, **widths)
+                               self.outputs_per_latent * latent_size, **widths)
         self.decoder = decoder(shape, self.channels, latent_size + num_classes, **widths)
-        self.to(memory_format=torch.channels_last)  # convolutions are faster
+        self.to(memory_format=torch.channels_last)  # the convolutions of the residual network are faster
         self.prior = None  # the prior of the loss; an AE has none
         self.fitted = Mixture.standard(latent_size)  # to be fitted to latents; a VAE may have none
 
@@ -73,9 +73,9 @@ class AE(nn.Module):
         return self.decoder(z).to(z.dtype)
 
     def decode_in_parts(self, z, labels=None):
-        """As decode, for any number of latents in bounded memory: yields a slice and the params of these.
-        Write what is kept into a tensor made before the loop. Otherwise small results lie between large ones
-        that are freed, and the free memory is in pieces too small to be used again.
+        """As decode, for any number of latents in bounded memory: yields (part, params of z[part]), part a
+        slice. Write what you keep into a tensor made before the loop: small tensors kept between large ones
+        that are freed would fragment the memory.
         """
         for first in range(0, len(z), self.max_batch):
             part = slice(first, first + self.max_batch)
@@ -110,12 +110,12 @@ class AE(nn.Module):
     def sample_latents(self, n, labels=None, temperature=1.0, generator=None, fitted=False):
         """z [n, D] from the distribution that samples come from
 
-        temperature: scales the noise (in a mixture that within a component)
+        temperature: scales the noise; of a mixture only the noise within a component
         generator: a torch.Generator on the CPU; the same seed gives the same latents
         """
         prior = self.sampling_prior(fitted)
         noise = torch.randn(n, prior.noise_size, generator=generator)
-        noise[:, :self.latent_size] *= temperature
+        noise[:, :self.latent_size] *= temperature  # a mixture's last column chooses the component
         return prior.transform(noise.to(next(self.parameters())), labels)
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class VAE(AE):
         `forward` then returns; 0 for the ELBO.
     """
 
-    codes_per_latent = 2  # mean and log_std
+    outputs_per_latent = 2  # mean and log_std
 
     def __init__(self, *args, prior="normal", prior_layers=8, free_bits=0.0, iw_train=0, num_classes=0,
                  **kwargs):
@@ -198,7 +198,8 @@ class VAE(AE):
         x = self.encoder_input(images, labels)
         mean, log_std = self.encoder(x).to(x.dtype).chunk(2, dim=1)
         # A posterior much wider than the prior is of no use, but the KL grows as exp(2 log_std): one large
-        # output would end a run in an explosion. hardtanh is a clamp with a cheaper gradient.
+        # output would end a run in an explosion. Beyond a bound an output has no gradient, but other images
+        # bring it back. hardtanh is a clamp with a cheaper gradient.
         return mean, F.hardtanh(log_std, -20, 2)
 
     def encoder_input(self, images, labels):
@@ -261,7 +262,7 @@ class VAE(AE):
     def log_weights(self, images, labels, noise):
         """The terms of the log importance weights of K latents of each image, noise ~ N(0, I) [B, K, D].
 
-        → −log p(x|z) and log q(z|x) - log p(z), in nats, each [B, K]; a log weight is minus their sum
+        → −log p(x|z) and log q(z|x) − log p(z), in nats, each [B, K]; a log weight is minus their sum
         """
         k = noise.shape[1]
         mean, log_std = (tensor[:, None] for tensor in self.encode(images, labels))
@@ -273,9 +274,9 @@ class VAE(AE):
 
 
 class ConditionalVAE(VAE):
-    """A VAE given the class (Sohn et al. 2015). The encoder sees the class as one more channel, an image that
-    is learned for each class; the decoder sees it as one-hot numbers beside z. Labels [B] are needed wherever
-    they are an argument.
+    """A VAE conditioned on the class (Sohn et al. 2015). The encoder sees the class as one more channel, an
+    image that is learned for each class; the decoder sees it as one-hot numbers beside z. Labels [B] are
+    needed wherever they are an argument.
     """
 
     def __init__(self, *args, num_classes, **kwargs):

@@ -30,7 +30,7 @@ from figures import save_grid
 from networks import NETWORKS
 from optim import lr_schedule, update_ema
 from runs import load_checkpoint, save_checkpoint
-from training_state import Saver, is_whole, new_state, no_sums, restore_state, verify_checkpoint
+from training_state import Saver, is_whole, new_state, restore_state, verify_checkpoint, zero_sums
 from utils import active_units, beta_schedule, interleave, normal, stream, to_device
 
 # ------------------------------------------------------------------------------------------------------------
@@ -74,7 +74,8 @@ def train_epoch(state, data, args, after_step):
         done += 1
         if state.ema and (done % EMA_EVERY == 0 or done == steps):
             decay = min(args.ema, (1 + state.step) / (10 + state.step))  # at first it forgets faster
-            update_ema(state.ema, state.model, decay ** ((done - 1) % EMA_EVERY + 1))
+            since_update = (done - 1) % EMA_EVERY + 1
+            update_ema(state.ema, state.model, decay ** since_update)
         state.step += 1
         after_step()
     return means(all_reduce_sum(state.sums), len(data.train))
@@ -89,7 +90,7 @@ def test_epoch(model, split, args, purpose, after_step):
     """
     model.eval()
     cli.allow_tf32(False)
-    sums = no_sums(args.device)
+    sums = zero_sums(args.device)
     for images, labels, noise, count, _ in batches(split, torch.arange(len(split)), args, purpose):
         sums = add_terms(sums, model(images, labels, noise), count)
         after_step()
@@ -97,11 +98,11 @@ def test_epoch(model, split, args, purpose, after_step):
 
 
 def batches(split, order, args, *key, first=0):
-    """This process's part of each batch of a pass in this order, from step `first` on.
+    """Yield this process's share of each batch of a pass in this order, from step `first` on.
 
     key: (purpose,), or in training ("train", epoch), which chooses the random numbers
-    → images, labels, noise (None for an AE), the number of images that this part counts for, and that of the
-    whole batch
+    → images, labels, noise (None for an AE), the number of images in this share (0 if there are too few for
+    each process, and the share is a placeholder), and that of the whole batch
 
     Batches are made for several steps at once, because one by one they would take a twentieth of a small
     model's time. Random numbers are drawn for the whole batch of all processes, so they do not depend
@@ -173,9 +174,9 @@ def means(sums, n):
 # A run
 
 def run(args, data, checkpoint, signals):
-    """Train one model and leave its files → the figures of test.json
+    """Train one model and write its files → the content of test.json
 
-    checkpoint: where to go on, as `verify_checkpoint` returns it; None for a new run
+    checkpoint: the one to resume from, as `verify_checkpoint` returns it; None for a new run
     Raises UserError.
     """
     check_data(args, data, checkpoint)
@@ -193,11 +194,11 @@ def run(args, data, checkpoint, signals):
         saver = Saver(args, data, state, checkpoints, signals)
         try:
             if state.epoch < args.epochs and RANK == 0:
-                (results / "test.json").unlink(missing_ok=True)  # of fewer epochs
+                (results / "test.json").unlink(missing_ok=True)  # it belongs to a shorter run
             while state.epoch < args.epochs:
                 row = run_epoch(state, data, args, saver)
                 improved = state.is_best(row)
-                state.epoch, state.sums = row["epoch"], no_sums(args.device)
+                state.epoch, state.sums = row["epoch"], zero_sums(args.device)
                 state.best, state.history = min(state.best, row["val_loss"]), [*state.history, row]
                 # of a long run about 60 epochs have pictures
                 drawn = state.epoch % math.ceil(args.epochs / 60) == 0 or state.epoch in (1, args.epochs)
@@ -208,13 +209,13 @@ def run(args, data, checkpoint, signals):
                 # writes both again.
                 saver.save(*["best.pt", "last.pt"] if improved else ["last.pt"])
                 print_epoch(row, args, improved)
-            fit_best(state, data, args, checkpoints / "best.pt", saver.after_step)
-            test = test_best(state, data, args, checkpoints, saver.after_step)
+            best_epoch = fit_best(state, data, args, checkpoints / "best.pt", saver.after_step)
+            test = {"epoch": best_epoch, **test_best(state.evaluated, data, args, saver.after_step)}
         except FloatingPointError:
             raise UserError(not_finite_message(args, state, checkpoints))
-        print_test(test, args, error_ratio(state.evaluated, data), steps_per_epoch(data, args))
         if RANK == 0:
             runs.write_json(results / "test.json", test)
+        print_test(test, args, error_ratio(state.evaluated, data), steps_per_epoch(data, args))
         log.close(state.history)
         best = shlex.quote((checkpoints / "best.pt").as_posix())
         say(f"wrote {results} and {checkpoints / 'best.pt'}\ndraw:    python infer.py --ckpt {best}\n"
@@ -247,14 +248,16 @@ def with_ranking_loss(args, terms):
 
 @torch.no_grad()
 def fit_best(state, data, args, path, after_step):
-    """Load the weights of best.pt, fit a mixture to latents that they give training images (see
-    enough_latents), one draw from q(z|x) for each, and write best.pt again with it, as that of a finished
-    run. The mixture's samples are better than those of N(0, I), which the latents of all images together do
-    not match (Hoffman & Johnson 2016; Ghosh et al. 2020). The first process fits it, then broadcasts it.
+    """Load the weights of best.pt, fit a mixture to latents of training images (see enough_latents), and
+    write best.pt again with the mixture, as that of a finished run → the best epoch
+
+    Each latent is one draw from q(z|x). Samples from the mixture are better than those from N(0, I), which
+    the latents of all images together do not match (Hoffman & Johnson 2016; Ghosh et al. 2020). The first
+    process fits the mixture and broadcasts it.
     """
     best, model = broadcast(lambda: load_checkpoint(path)), state.evaluated.eval()
     model.load_state_dict(best["ema"] or best["model"])
-    cli.allow_tf32(False)  # a run that is resumed here comes from other settings
+    cli.allow_tf32(False)  # a run that is resumed after its last epoch has not been through test_epoch
 
     def fit():
         of_class = data.train.labels.cpu() if args.conditional else torch.zeros(len(data.train))
@@ -264,8 +267,9 @@ def fit_best(state, data, args, path, after_step):
         for block, index in enumerate(chosen.split(1024)):
             images, labels = data.train.batch(index, args.seed, "binarize", "mixture", block)
             noise = normal((len(index), args.latent_size), args.device, args.seed, "noise", "mixture", block)
-            latents.append(torch.cat([model.sample_posterior(*part) for part in zip(
-                *(tensor.split(model.max_batch) for tensor in (images, labels, noise)))]).cpu())
+            for first in range(0, len(index), model.max_batch):  # an encoder is about as large as a decoder
+                part = slice(first, first + model.max_batch)
+                latents.append(model.sample_posterior(images[part], labels[part], noise[part]).cpu())
         classes = (of_class[chosen], len(data.classes), 10) if args.conditional else ()
         return dict(fit_mixture(torch.cat(latents), *classes).named_buffers())
     if model.prior is None or model.prior.wants_mixture:
@@ -275,15 +279,14 @@ def fit_best(state, data, args, path, after_step):
     if RANK == 0:
         save_checkpoint(path, best)
     after_step()
+    return best["epoch"]
 
 
 @torch.no_grad()
-def test_best(state, data, args, checkpoints, after_step):
-    """Replace the weights by those of best.pt → its figures on the test images"""
-    best, model = broadcast(lambda: load_checkpoint(checkpoints / "best.pt")), state.evaluated
-    model.load_state_dict(best["ema"] or best["model"])
+def test_best(model, data, args, after_step):
+    """→ the terms of the loss on the test images, and the number of active units"""
     terms = with_ranking_loss(args, test_epoch(model, data.test, args, "test", after_step))
-    test = {"epoch": best["epoch"], **{f"test_{name}": value for name, value in terms.items()}}
+    test = {f"test_{name}": value for name, value in terms.items()}
     if args.loss_mode == "vae":
         index = torch.arange(len(data.test)).split(args.batch_size)
         latents = torch.cat([model.to_base(model.embed(images, labels), labels)
@@ -294,15 +297,18 @@ def test_best(state, data, args, checkpoints, after_step):
 
 @torch.no_grad()
 def error_ratio(model, data):
-    """The squared error of reconstructed test images divided by that of one constant image, their mean. From
-    1 on, the model has learned nothing about single images. 0 if the images do not differ.
+    """The squared error of reconstructed test images divided by that of one constant image, their mean. At 1
+    or above, the model has learned nothing about single images. 0 if the images do not differ.
     """
-    images, labels = data.test.batch(torch.arange(min(len(data.test), 1000)))
-    parts = zip(images.split(model.max_batch), labels.split(model.max_batch))
-    reconstructed = torch.cat([model.reconstruct(*part) for part in parts])
-    images = images / (data.levels - 1)
-    differences = (images - images.mean(0)).square().sum()
-    return ((images - reconstructed).square().sum() / differences).item() if differences else 0.0
+    n = min(len(data.test), 1000)
+    parts = torch.arange(n).split(model.max_batch)
+    mean_image = sum(data.test.batch(index)[0].sum(0) for index in parts) / (n * (data.levels - 1))
+    error = variation = 0.0
+    for images, labels in map(data.test.batch, parts):
+        x = images / (data.levels - 1)
+        error += (x - model.reconstruct(images, labels)).square().sum().item()
+        variation += (x - mean_image).square().sum().item()
+    return error / variation if variation else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -310,20 +316,24 @@ def error_ratio(model, data):
 
 def begin_or_resume(args, data, checkpoint):
     """→ the State of a new run, or that of the checkpoint"""
-    if checkpoint and checkpoint["processes"] == WORLD:
+    same_processes = checkpoint and checkpoint["processes"] == WORLD
+    if processors.THREADS_CHOSEN:
+        torch.set_num_threads(cli.MOST_THREADS)  # an earlier seed may have changed it
+    elif same_processes:
         torch.set_num_threads(checkpoint["threads"])  # the last bit of a sum depends on their number
     else:
-        if processors.CHOSEN:  # an earlier seed of this process may have gone on with another number
-            torch.set_num_threads(cli.MOST_THREADS)
         cli.adapt_threads()
-    if checkpoint and checkpoint["processes"] != WORLD:
+    if checkpoint and not same_processes:
         warn(f"the run began with {checkpoint['processes']} processes, not {WORLD}, so its result will "
              "differ in the last bits")
+    elif checkpoint and checkpoint["threads"] != torch.get_num_threads():
+        warn(f"the run was computed with {checkpoint['threads']} threads, not {torch.get_num_threads()}, so "
+             "its result will differ in the last bits")
     torch.backends.cudnn.deterministic = True  # otherwise the same step may end in another last bit
     state = new_state(args, data.about())
     if checkpoint:
         restore_state(state, checkpoint)
-    state.sums = state.sums.to(no_sums(args.device))
+    state.sums = state.sums.to(zero_sums(args.device))
     prepare_network(state, data, args)
     return state
 
@@ -333,16 +343,16 @@ def check_data(args, data, checkpoint=None):
     if args.conditional and not data.classes:
         raise UserError(f"--conditional: {args.dataset} has no classes (in a folder, each subfolder is one); "
                         "without --conditional it can be used as it is")
-    if args.conditional and not args.limit:
+    if args.conditional and not args.limit:  # the first images need not have all classes
         asked = torch.cat([data.val.labels, data.test.labels])
         unseen = set(asked.tolist()) - set(data.train.labels.tolist())
         if unseen:
             names = ", ".join(data.classes[label] for label in sorted(unseen)[:8]) + ", …" * (len(unseen) > 8)
             raise UserError(f"--conditional: no training image is of the class {names}, which validation or "
-                            "test images have; take these away, or train without --conditional")
+                            "test images have; remove these images, or train without --conditional")
     if min(data.shape[1:]) < 8:
         raise UserError(f"{args.dataset}: images of {data.shape[1]}x{data.shape[2]} pixels are too small, "
-                        "8x8 is the least; --image_size enlarges them")
+                        "the minimum is 8x8; --image_size enlarges them")
     if broadcast(data.about) != data.about():
         raise UserError(f"{args.dataset} is not the same on all machines; copy the first one's to the others")
     if checkpoint:
@@ -402,9 +412,9 @@ def free_name(args):
     name = "_".join(["cvae" if args.conditional else args.loss_mode,
                      args.dataset if args.dataset in DATASETS else
                      re.sub(r"[^\w.-]+", "_", Path(args.dataset).resolve().name) or "images", args.model])
-    number, free = 1, name
+    count, free = 1, name
     while any(Path(root, free).exists() for root in (args.results_dir, args.checkpoint_dir)):
-        number, free = number + 1, f"{name}_{number + 1}"
+        count, free = count + 1, f"{name}_{count + 1}"
     return free
 
 
@@ -434,7 +444,8 @@ def not_finite_message(args, state, checkpoints):
     whole = [path.as_posix() for path in sorted(checkpoints.glob("*.pt")) if is_whole(path)]
     epoch = min(state.epoch + 1, args.epochs)
     return (f"epoch {epoch}, after step {state.step}: the loss or a weight is not finite (lr {args.lr:g}, "
-            f"beta {beta_at(epoch - 1, args):g}). Begin anew: a smaller --lr or beta, or --grad_clip 1000."
+            f"beta {beta_at(epoch - 1, args):g}). Start a new run with a smaller --lr or beta, or with "
+            f"--grad_clip {args.grad_clip / 10 if args.grad_clip else 1000:g}."
             + (f" Still good: {', '.join(whole)}" if whole else ""))
 
 
@@ -488,7 +499,8 @@ def print_test(test, args, ratio, steps):
         say(f"nothing was learned: reconstructions are no better than the mean test image ({ratio:.2f} times "
             "its squared error). What may help: " + (
                 "more steps, by a smaller --batch_size and more --epochs" if steps < 10 else
-                f"more --epochs, a smaller --lr than {args.lr:g}, --grad_clip 1000"))
+                f"more --epochs, a smaller --lr than {args.lr:g}"
+                + ", --grad_clip 1000" * (not args.grad_clip)))
     elif collapsed:
         say("the posterior collapsed: the decoder hardly uses z. What may help: "
             + "--free_bits 0.1, " * (args.prior == "normal")

@@ -49,7 +49,8 @@ class State:
         return self.ema or self.model
 
 
-def no_sums(device):
+def zero_sums(device):
+    """Sums of rec, kl and bpd before the first step. One zero, because an AE has fewer terms."""
     return torch.zeros(1, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
 
 
@@ -60,7 +61,7 @@ def new_state(args, about):
     optimizer = (Muon if args.optimizer == "muon" else AdamW)(
         model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
         fused=torch.device(args.device).type != "mps")
-    return State(model, copy.deepcopy(model) if args.ema else None, optimizer, no_sums(args.device))
+    return State(model, copy.deepcopy(model) if args.ema else None, optimizer, zero_sums(args.device))
 
 
 def restore_state(state, checkpoint):

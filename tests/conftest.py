@@ -82,7 +82,8 @@ def curves():
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
     """Drawing and writing these takes most of the time of a short run."""
-    monkeypatch.setattr(processors, "CHOSEN", True)  # what else runs here must not change a last bit
+    monkeypatch.setattr(processors, "THREADS_CHOSEN", True)  # what else runs here must not change a last bit
+    monkeypatch.setattr(processors, "watch", lambda: None)  # one more thread each time a script is run
     if "curves" not in request.fixturenames:
         monkeypatch.setattr(runs, "draw_curves", lambda history, path: path.touch())
         monkeypatch.setattr(runs.RunLog, "events", lambda log, row, pictures: None)
@@ -213,7 +214,7 @@ def run_quietly(said, main, argv, most):
             os.dup2(out.fileno(), number)
     sys.argv = [f"{main.__module__}.py", *argv]
     torch.set_num_threads(1)
-    processors.CHOSEN = True
+    processors.THREADS_CHOSEN = True
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that this one begins
     if most:
         import resource
@@ -304,7 +305,7 @@ def gradients(case, n):
         torch.nn.init.normal_(coupling.net[-1].weight, std=0.1)
     everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
     optimizer = torch.optim.SGD(net.parameters(), 0.0)
-    state = training_state.State(net, None, optimizer, training_state.no_sums("cpu"))
+    state = training_state.State(net, None, optimizer, training_state.zero_sums("cpu"))
     train.prepare_network(state, everything, args)
     means = train.train_epoch(state, everything, args, lambda: None)
     tested = train.test_epoch(net, split, args, "val", lambda: None)

@@ -1,5 +1,6 @@
 """Tests of processors.py."""
 
+import os
 import subprocess
 import sys
 import time
@@ -44,6 +45,54 @@ def test_the_load_is_that_of_other_processes():
     assert 0.3 < busy < processors.available() or processors.available() == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux" or processors.available() < 2, reason="no libgomp, or one core")
+def test_threads_wait_for_a_shorter_time_while_others_are_busy():
+    code = """
+import os, processors, time, torch
+from pathlib import Path
+
+def tasks():
+    return {path.name for path in Path("/proc/self/task").iterdir()}
+
+def sleeps():  # how often the second thread of operations slept, that would spin through so short a pause
+    def switches():
+        status = Path(f"/proc/self/task/{worker}/status").read_text()
+        return int(status.split("nonvoluntary")[0].split("voluntary_ctxt_switches:")[1])
+    before = switches()
+    for _ in range(50):
+        numbers.exp()
+        pause = time.perf_counter() + 3e-4
+        while time.perf_counter() < pause:
+            pass
+    return switches() - before
+
+def settle(n):
+    end = time.monotonic() + 60
+    while len(tasks()) != n and time.monotonic() < end:
+        time.sleep(0.05)
+    return len(tasks()) == n
+
+torch.set_num_threads(2)
+before = tasks()
+numbers = torch.ones(2**17)
+worker, = tasks() - before
+others = 0
+processors.free = lambda load: 2 - others
+processors.watch(0.05)
+n = len(tasks())
+alone = sleeps()
+others = 1
+print(settle(n + 2), sleeps() > alone + 20)
+others = 0
+print(settle(n), sleeps() < alone + 20)
+"""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
+                         cwd=Path(processors.__file__).parent)
+    assert (ran.stdout, ran.stderr) == ("True True\nTrue True\n", "")
+
+
 def test_threads_change_between_epochs_and_a_resumed_run_goes_on_with_them(folder, workplace, monkeypatch):
     if torch.get_num_threads() < 2:
         pytest.skip("one thread")
@@ -58,7 +107,7 @@ def test_threads_change_between_epochs_and_a_resumed_run_goes_on_with_them(folde
 
         def seconds(self):
             return 2
-    monkeypatch.setattr(processors, "CHOSEN", False)
+    monkeypatch.setattr(processors, "THREADS_CHOSEN", False)
     monkeypatch.setattr(processors, "available", lambda: 2)
     monkeypatch.setattr(processors.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     train_epoch = train.train_epoch
@@ -79,3 +128,13 @@ def test_threads_change_between_epochs_and_a_resumed_run_goes_on_with_them(folde
     assert seen == [1, 1, 2, 1, 1, 2]
     assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
                        for name in ("whole", "run")))
+
+
+def test_the_users_number_of_threads_counts_when_a_run_goes_on(folder, workplace, capsys):
+    fit(folder, epochs=1)
+    checkpoint, chosen = runs.load_checkpoint(Path("checkpoints/run/last.pt")), torch.get_num_threads()
+    assert checkpoint["threads"] == chosen
+    runs.save_checkpoint(Path("checkpoints/run/last.pt"), {**checkpoint, "threads": chosen + 1})
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "2"])
+    assert torch.get_num_threads() == chosen
+    assert f"was computed with {chosen + 1} threads, not {chosen}, so" in capsys.readouterr().err
