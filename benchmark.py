@@ -67,7 +67,8 @@ def parse_args(argv=None):
 
 def measure(argv, images, repeats, baseline):
     """A row of the table, in a process of its own, so that its peak memory is that of this row."""
-    keep_freed_memory()  # as train.py does
+    keep_freed_memory()  # as train.py does, and so the next line
+    processors.watch()
     args, _ = train.parse_args(argv)
     args.epochs = 1 + repeats  # --warp is for a share of them
     device = torch.device(args.device)

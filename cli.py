@@ -118,7 +118,13 @@ def own_device(device):
     return "cuda"
 
 
-MOST_THREADS = torch.get_num_threads()  # torch's own choice, which knows the processor's cores
+MOST_THREADS = processors.threads = torch.get_num_threads()  # torch's choice, which knows the physical cores
+
+
+def set_threads(n):
+    """Compute with n threads."""
+    torch.set_num_threads(n)
+    processors.threads = n
 
 
 def adapt_threads():
@@ -130,9 +136,10 @@ def adapt_threads():
     others = processors.load.look()
     threads = min(MOST_THREADS, processors.free(others))
     if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
+        set_threads(threads)
+        most, all_processors = processors.available(), len(processors.affinity())
         say(f"computes with {threads} thread{'s' * (threads > 1)}: other processes use {others:.1f} of "
-            f"{len(processors.affinity())} processors")
+            f"{all_processors} processors" + f", of which this one may use {most}" * (most < all_processors))
 
 
 def allow_tf32(allowed):

@@ -733,7 +733,7 @@ def main(argv=None):
     args = parse_args(argv)
     cli.allow_tf32(False)
     if not processors.THREADS_CHOSEN:
-        torch.set_num_threads(min(torch.get_num_threads(), processors.available()))
+        cli.set_threads(min(torch.get_num_threads(), processors.available()))
     if args.explore:
         figures.want_window()
     subjects = [open_checkpoint(path, args) for path in args.ckpt]

@@ -6,12 +6,15 @@ the import of torch.
 """
 
 import contextlib
+import ctypes
 import os
+import re
 import threading
 import time
 from pathlib import Path
 
 THREADS_CHOSEN = "OMP_NUM_THREADS" in os.environ  # by the user, or by torchrun; then nothing changes it
+threads = 1  # that operations of this process compute with, see cli.set_threads
 
 
 def affinity():
@@ -83,33 +86,42 @@ load = Load()
 
 def watch(interval=0.5):
     """Start a thread that makes OpenMP's threads wait for a shorter time while other processes need the
-    processors. It changes no result. It does nothing if the user has set OMP_WAIT_POLICY or GOMP_SPINCOUNT.
+    processors. It changes no result. It does nothing if the user has set OMP_WAIT_POLICY or GOMP_SPINCOUNT,
+    or if torch computes with another OpenMP than GNU's.
 
     A thread that waits for the other threads of an operation spins for a while, then sleeps. GNU's libgomp
     spins 300,000 times, which is best on an idle machine. On a busy one, the spinning thread keeps a
     processor from the thread that it waits for. libgomp spins only 100 times if it considers the machine
-    busy, which it does if the process has more threads in teams than there are processors. So this thread
-    keeps a second team, which does nothing, while others are busy. Measured with two MLPs of two threads each
-    on 2 cores, milliseconds a step: 419 with long waits, 16 with short ones; alone 11.1 and 12.9.
+    busy, which it does if the process has more threads in teams than there are processors. So while others
+    are busy, a second team is kept, as large as the machine, which does nothing. Measured with two MLPs of
+    two threads each on 2 cores, milliseconds a step: 419 with long waits, 16 with short ones; alone 11.1 and
+    12.9.
     """
-    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}.isdisjoint(os.environ):
-        threading.Thread(target=_watch, args=(interval,), daemon=True).start()
+    gomp = loaded_libgomp()
+    if gomp and {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}.isdisjoint(os.environ):
+        threading.Thread(target=_watch, args=(gomp, interval), daemon=True).start()
 
 
-def _watch(interval):
-    import torch  # not before the first look at the load
-    recent, free_again = Load(), None
+def loaded_libgomp():
+    """GNU's OpenMP library, if this process has loaded it; otherwise None"""
+    with contextlib.suppress(OSError):
+        path = re.search(r"/.*/libgomp[^/\n]*$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+        return path and ctypes.CDLL(path[0])
 
+
+def _watch(gomp, interval):
     def keep_team(free_again):
-        torch.ones(2**16 * torch.get_num_threads()).exp()  # shared by all threads, which are a team now
-        free_again.wait()  # it ends with this thread
+        gomp.GOMP_parallel(gomp.omp_get_thread_num, None, len(affinity()), 0)  # an empty parallel region
+        free_again.wait()  # the team ends with this thread
 
-    while True:
-        time.sleep(interval)
-        crowded = free(recent.look()) < torch.get_num_threads()
-        if crowded and free_again is None:
-            free_again = threading.Event()
-            threading.Thread(target=keep_team, args=(free_again,), daemon=True).start()
-        elif not crowded and free_again is not None:
-            free_again.set()
-            free_again = None
+    recent, free_again = Load(), None
+    with contextlib.suppress(OSError, RuntimeError):  # such as a limit of threads; the waits stay long
+        while True:
+            time.sleep(interval)
+            crowded = free(recent.look()) < threads
+            if crowded and free_again is None:
+                free_again = threading.Event()
+                threading.Thread(target=keep_team, args=(free_again,), daemon=True).start()
+            elif not crowded and free_again is not None:
+                free_again.set()
+                free_again = None

@@ -318,9 +318,9 @@ def begin_or_resume(args, data, checkpoint):
     """→ the State of a new run, or that of the checkpoint"""
     same_processes = checkpoint and checkpoint["processes"] == WORLD
     if processors.THREADS_CHOSEN:
-        torch.set_num_threads(cli.MOST_THREADS)  # an earlier seed may have changed it
+        cli.set_threads(cli.MOST_THREADS)  # an earlier seed may have changed it
     elif same_processes:
-        torch.set_num_threads(checkpoint["threads"])  # the last bit of a sum depends on their number
+        cli.set_threads(checkpoint["threads"])  # the last bit of a sum depends on their number
     else:
         cli.adapt_threads()
     if checkpoint and not same_processes:

@@ -200,7 +200,7 @@ def processes():
 
 
 def begin(said, main, *argv, most=None):
-    """A process of one thread that runs main, its output going into the file `said` and its errors into one
+    """A process that runs main, its output going into the file `said` and its errors into one
     beside it, for files of at most so many bytes.
     """
     process = processes().Process(target=run_quietly, args=(said, main, [str(word) for word in argv], most))

@@ -1,10 +1,12 @@
 """Tests of processors.py."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ import torch
 import processors
 import runs
 import train
-from tests.conftest import assert_same_runs, fit
+from tests.conftest import assert_same_runs, fit, outcome
+
+WATCH = processors.watch  # the fixture `quick` replaces it
 
 
 def test_processors_are_those_of_the_affinity_and_of_a_container(tmp_path, monkeypatch):
@@ -45,7 +49,9 @@ def test_the_load_is_that_of_other_processes():
     assert 0.3 < busy < processors.available() or processors.available() == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux" or processors.available() < 2, reason="no libgomp, or one core")
+@pytest.mark.skipif(not processors.loaded_libgomp() or platform.machine() != "x86_64"
+                    or processors.available() < 2,
+                    reason="no libgomp, pauses of another length, or one processor")
 def test_threads_wait_for_a_shorter_time_while_others_are_busy():
     code = """
 import os, processors, time, torch
@@ -73,6 +79,8 @@ def settle(n):
     return len(tasks()) == n
 
 torch.set_num_threads(2)
+processors.threads = 2
+team = len(processors.affinity())
 before = tasks()
 numbers = torch.ones(2**17)
 worker, = tasks() - before
@@ -82,7 +90,7 @@ processors.watch(0.05)
 n = len(tasks())
 alone = sleeps()
 others = 1
-print(settle(n + 2), sleeps() > alone + 20)
+print(settle(n + team), sleeps() > alone + 20)
 others = 0
 print(settle(n), sleeps() < alone + 20)
 """
@@ -91,6 +99,29 @@ print(settle(n), sleeps() < alone + 20)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
                          cwd=Path(processors.__file__).parent)
     assert (ran.stdout, ran.stderr) == ("True True\nTrue True\n", "")
+
+
+def test_waits_that_the_user_has_chosen_stay(monkeypatch):
+    started = []
+    monkeypatch.setattr(processors.threading, "Thread", lambda **options: SimpleNamespace(
+        start=lambda: started.append(options)))
+    monkeypatch.setattr(processors, "loaded_libgomp", lambda: "libgomp")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        with monkeypatch.context() as chosen:
+            chosen.setenv(name, "1")
+            WATCH()
+    assert not started
+    WATCH()
+    assert len(started) == 1
+
+
+def test_scripts_watch_how_busy_others_are(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(processors, "watch", lambda: started.append(True))
+    assert outcome(lambda argv: None, [], capsys) == (0, "")
+    assert started == [True]
 
 
 def test_threads_change_between_epochs_and_a_resumed_run_goes_on_with_them(folder, workplace, monkeypatch):
