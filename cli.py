@@ -139,7 +139,8 @@ def adapt_threads():
         set_threads(threads)
         most, all_processors = processors.available(), len(processors.affinity())
         say(f"computes with {threads} thread{'s' * (threads > 1)}: other processes use {others:.1f} of "
-            f"{all_processors} processors" + f", of which this one may use {most}" * (most < all_processors))
+            f"{all_processors} processors"
+            + f", of which this process may use {most}" * (most < all_processors))
 
 
 def allow_tf32(allowed):
