@@ -16,12 +16,14 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
+import arguments
 import train
 from cli import ArgumentParser, UserError, keep_freed_memory, number, run_script
 from data import load, quantize
 from datasets import NAMED, import_torchvision
 from model import build
 from networks import NETWORKS
+from randomness import draw_noise, noise_shape
 
 processors.THREADS_CHOSEN = True  # measure with all threads
 HERE = Path(__file__).resolve().parent
@@ -69,7 +71,7 @@ def measure(argv, images, repeats, baseline):
     """A row of the table, in a process of its own, so that its peak memory is that of this row."""
     keep_freed_memory()  # as train.py does, and so the next line
     processors.watch()
-    args, _ = train.parse_args(argv)
+    args, _ = arguments.parse_args(argv)
     args.epochs = 1 + repeats  # --warp is for a share of them
     device = torch.device(args.device)
     data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform,
@@ -77,7 +79,7 @@ def measure(argv, images, repeats, baseline):
     n, batch_size = len(data.train), min(args.batch_size, len(data.train))
     state = train.begin_or_resume(args, data, None)
     batch, labels = data.train.batch(torch.arange(batch_size), args.seed, "binarize")
-    noise = train.draw_noise(batch_size, args)
+    noise = draw_noise(batch_size, args)
     with FlopCounterMode(display=False) as flops:
         rec, kl, _ = state.model(batch, labels, noise)
         (rec + kl).backward()
@@ -176,7 +178,7 @@ def peak_rss():
 def plain_parts(*argv, limit=None):
     """→ a model, its optimiser, batches of training and of test images, train.py's arguments; made once"""
     torchvision = import_torchvision()
-    args, _ = train.parse_args(argv)
+    args, _ = arguments.parse_args(argv)
     if args.dataset not in NAMED or args.image_size or args.transform != "none":
         raise UserError(f"--baseline: goes with a dataset of torchvision ({', '.join(NAMED)}) as it is")
     images, tests = (getattr(torchvision.datasets, NAMED[args.dataset][0])(
@@ -200,7 +202,7 @@ def plain_epoch(model, loader, args, optimizer=None):
     total = 0.0
     for images, labels in loader:
         images = quantize((images.to(args.device) * 255).byte(), args.levels)
-        noise = torch.randn(train.noise_shape(len(images), args), device=args.device)
+        noise = torch.randn(noise_shape(len(images), args), device=args.device)
         rec, kl, _ = model(images, labels.to(args.device), noise)
         loss = rec + args.target_beta_val * kl
         if optimizer:
@@ -373,7 +375,7 @@ def main(argv=None):
     for model in args.model:
         for batch_size in args.batch_size:
             options = [*rest, "--model", model, "--batch_size", str(batch_size)]
-            settings, _ = train.parse_args(options)
+            settings, _ = arguments.parse_args(options)
             with fresh_process() as fresh:
                 rows.append(fresh.submit(measure, options, args.images, args.repeats, args.baseline).result())
             rows[-1]["startup_seconds"] = median(startup(options) for _ in range(min(args.repeats, 3)))

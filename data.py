@@ -10,7 +10,8 @@ import torch
 from cli import UserError
 from datasets import DATASETS, grayscale, read_glyphs, read_named, resize
 from files import ARRAYS, read_own, read_paths
-from utils import stream, stream_seed, to_device
+from randomness import stream, stream_seed
+from utils import to_device
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Split:
     def batch(self, index, *key, part=slice(None)):
         """The images at `index` as integer levels, uint8 [B, C, H, W], and their labels [B].
 
-        key: of the random numbers (see utils.stream) for stochastic binarisation; not needed without it
+        key: of the random numbers (see randomness.stream) for stochastic binarisation; not needed without it
         part: which of these images to take; random numbers are drawn for all of them
         """
         taken, device = index[part], self.labels.device

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from data import warp
 from model import VAE, ConditionalVAE
+from randomness import normal, stream
 from runs import atomic_write
-from utils import active_units, elbo_to_bpd, mean_and_covariance, normal, stream, to_device
+from utils import active_units, elbo_to_bpd, mean_and_covariance, to_device
 
 FIGURES = ("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples", "active_units",
            "squared_error", "psnr", "pca_squared_error", "images")

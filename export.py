@@ -12,8 +12,8 @@ import torch
 
 from cli import UserError
 from evaluate import each_image
+from randomness import stream
 from runs import atomic_write, describe_checkpoint
-from utils import stream
 
 
 def export_latents(model, split, classes, args, folder):

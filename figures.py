@@ -1,10 +1,8 @@
-"""Figures: tensors in; PNG files, GIF files or a window out. Independent of checkpoints.
+"""How figures are drawn: tensors in; PNG files, GIF files or a window out. What is drawn of a model is in
+pictures.py.
 
 Each function writes one file. Images are [N, C, H, W] in [0, 1]. matplotlib and Pillow are imported only when
 something is drawn, because that takes most of a second.
-
-To add a picture, write a function here that draws tensors, and one in infer.py that makes them, in its
-PICTURES (and NEED_DATA). Add its file name to FILES in runs.py, so that --overwrite deletes it.
 """
 
 import math
@@ -111,7 +109,7 @@ def draw_metric(axis, history, key, title):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Figures of infer.py; `title` stands above each
+# Figures of pictures.py; `title` stands above each
 
 def array(image):
     """[C, H, W] in [0, 1] → what imshow takes, [H, W, 3]"""

@@ -19,8 +19,8 @@ from distributed import RANK, WORLD, all_reduce_sum
 from distributions import Mixture
 from model import AE, build
 from optim import AdamW, Muon
+from randomness import stream_seed
 from runs import load_checkpoint, save_checkpoint
-from utils import stream_seed
 
 
 @dataclass
@@ -36,12 +36,6 @@ class State:
     best: float = math.inf              # the lowest validation loss so far
     history: list = field(default_factory=list)  # rows of metrics.csv
     elapsed: float = 0.0                # seconds that this epoch took before the last save
-
-    def is_best(self, row):
-        """Whether this row of metrics.csv has the lowest validation loss so far; if so, it is saved as
-        best.pt. The loss is at the target beta, see train.with_ranking_loss.
-        """
-        return row["val_loss"] < self.best
 
     @property
     def evaluated(self):

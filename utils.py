@@ -1,9 +1,8 @@
-"""The small mathematics of VAEs, under the names that courses use; the grid of images; random streams.
+"""The small mathematics of VAEs, under the names that courses use; the grid of images.
 
 Imports none of the project's other files.
 """
 
-import hashlib
 import math
 
 import torch
@@ -146,28 +145,7 @@ def image_grid(images, nrow, line=1):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Randomness: every draw is a pure function of (seed, purpose, index), so a run can stop and resume anywhere.
-
-def stream_seed(*key):
-    """63 bits that depend on every part of the key. A hash, because seed + step would overlap between seeds.
-    """
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def stream(*key, device="cpu"):
-    """A new generator for one purpose, such as stream(seed, "order", epoch); on the CPU unless the device is
-    CUDA.
-    """
-    device = torch.device(device)
-    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(stream_seed(*key))
-
-
-def normal(shape, device, *key):
-    """N(0, 1) numbers from the stream of that key, on the device."""
-    generator = stream(*key, device=device)
-    return torch.randn(shape, generator=generator, device=generator.device).to(device)
-
+# Devices
 
 def to_device(values, device):
     """Copy a tensor to a device, without waiting for a busy GPU. A slice is returned as it is."""

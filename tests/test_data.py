@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import arguments
 import data
 import train
 from tests.conftest import pixels
@@ -40,7 +41,7 @@ def test_stochastic_val_and_test_are_one_fixed_draw_and_train_a_fresh_one(folder
 
 
 def test_flip_mirrors_half_of_the_training_images_and_no_others(folder, tmp_path):
-    args, _ = train.parse_args([f"--dataset={folder}", "--loss_mode=ae", "--flip"])
+    args, _ = arguments.parse_args([f"--dataset={folder}", "--loss_mode=ae", "--flip"])
     split, order = data.load(str(folder), tmp_path).train, torch.randperm(320)
 
     def seen(*key):
@@ -74,7 +75,7 @@ def test_warp_slides_rows_and_columns_of_the_first_epochs_training_images(folder
     again = data.warp(places[half], torch.Generator().manual_seed(1), n, half)
     assert torch.equal(again.long(), warped[half])
 
-    args, _ = train.parse_args([f"--dataset={folder}", "--epochs=4", "--warp=0.5"])
+    args, _ = arguments.parse_args([f"--dataset={folder}", "--epochs=4", "--warp=0.5"])
     split, order = data.load(str(folder), tmp_path).train, torch.randperm(320)
 
     def seen(*key):

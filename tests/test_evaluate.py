@@ -16,8 +16,8 @@ import data
 import evaluate
 import infer
 import model
+import randomness
 import train
-import utils
 from tests.conftest import HERE, double, fit, levels_like, outcome, pixels
 from tests.test_model import LinearGaussian
 
@@ -41,7 +41,7 @@ def test_importance_sampling_finds_the_likelihood_of_a_linear_gaussian_model(mon
         found[-1]["neg_elbo"] > exact + 0.2
     monkeypatch.setattr(model, "MAX_DECODER_OUTPUTS", 64 * 300)  # latents in parts
     part = evaluate.evaluate(net, everything, Namespace(limit=50, iw_samples=most, device="cpu", seed=1))
-    chosen = torch.randperm(n, generator=utils.stream("evaluate"))[:50]
+    chosen = torch.randperm(n, generator=randomness.stream("evaluate"))[:50]
     exact = -marginal.log_prob(net.normalize(images[chosen]).flatten(1)).mean().item()
     assert part["images"] == 50 and part["iw_nll"] == pytest.approx(exact, abs=0.02)
 
@@ -87,7 +87,7 @@ def test_an_ae_is_measured_against_pca(folder, workplace):
     measured = json.loads(Path("results/run/evaluation.json").read_text())
     everything = data.load(str(folder), "data")
     x = pixels(everything.train).flatten(1).double().numpy() / 255
-    chosen = torch.randperm(len(everything.test), generator=utils.stream("evaluate"))[:30]
+    chosen = torch.randperm(len(everything.test), generator=randomness.stream("evaluate"))[:30]
     images, _ = everything.test.batch(chosen)
     y = images.flatten(1).double().numpy() / 255 - x.mean(0)
     basis = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:4]
@@ -156,7 +156,7 @@ def test_samples_are_judged(folder, workplace, capsys, monkeypatch):
     # samples that are the test images themselves
     net, _ = infer.restore("checkpoints/run/best.pt")
     everything = data.load(str(folder), "data", None, 2)
-    order = torch.randperm(40, generator=utils.stream("quality"))
+    order = torch.randperm(40, generator=randomness.stream("quality"))
     images, labels = everything.test.batch(order)
     place = iter([0])
 

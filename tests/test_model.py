@@ -9,6 +9,7 @@ from torch import distributions as D
 
 import model
 import networks
+import randomness
 import utils
 from tests.conftest import LN2, SHAPES, double, levels_like, zeroed
 
@@ -226,8 +227,8 @@ def test_temperature_scales_the_prior_and_a_generator_repeats_it():
     assert torch.equal(one / 2, half)
     with pytest.raises(ValueError, match="no mixture"):
         net.sample(1, fitted=True)
-    assert torch.equal(net.sample(4, generator=utils.stream(1))[0],
-                       net.sample(4, generator=utils.stream(1))[0])
+    assert torch.equal(net.sample(4, generator=randomness.stream(1))[0],
+                       net.sample(4, generator=randomness.stream(1))[0])
 
 
 @pytest.mark.parametrize("kind", list(networks.NETWORKS))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import arguments
 import data
 import infer
 import optim
@@ -81,7 +82,7 @@ def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
                         or adamw(*args, **options))
     fit(folder, "--lr=0.003", "--weight_decay=0.25", epochs=1)
     assert seen[0]["lr"] == 0.003 and seen[0]["weight_decay"] == 0.25
-    args, _ = train.parse_args(["--optimizer=muon", "--lr=0.003", "--weight_decay=0.25"])
+    args, _ = arguments.parse_args(["--optimizer=muon", "--lr=0.003", "--weight_decay=0.25"])
     muon = training_state.new_state(args, {"shape": (1, 8, 8), "levels": 256, "classes": []}).optimizer
     assert isinstance(muon, optim.Muon)
     assert muon.defaults["lr"] == 0.003 and muon.defaults["weight_decay"] == 0.25

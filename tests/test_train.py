@@ -173,24 +173,6 @@ def test_training_that_failed_is_told_from_collapse(folder, workplace, capsys, f
     assert train.error_ratio(Constant(), read) == 0  # one image does not differ from its mean
 
 
-def test_a_run_goes_on_where_its_dataset_was_moved_and_from_another_folder(folder, workplace, monkeypatch,
-                                                                           capsys):
-    shutil.copytree(folder, "here/images")
-    monkeypatch.chdir("here")
-    fit("images", epochs=1)
-    (workplace / "here/images").rename(workplace / "here/moved")
-    last = "checkpoints/run/last.pt"
-    status, error = outcome(train.main, ["--resume", last, "--epochs", "2"], capsys)
-    assert status == 2 and "--dataset says where it is now" in error and error.count("\n") == 1
-    status, error = outcome(train.main, ["--resume", last, "--epochs", "2", "--dataset", "glyphs"], capsys)
-    assert status == 1 and "does not hold the images" in error
-    train.main(["--resume", last, "--epochs", "2", "--dataset", "moved"])
-    monkeypatch.chdir(workplace)
-    train.main(["--resume", f"here/{last}", "--epochs", "3"])  # results, caches and images are found
-    assert {path.name for path in workplace.iterdir()} == {"here"}
-    assert len(Path("here/results/run/metrics.csv").read_text().splitlines()) == 4
-
-
 @pytest.mark.slow
 def test_a_long_run_draws_about_sixty_epochs(folder, workplace):
     fit(folder, "--limit=32", epochs=130)
@@ -342,30 +324,6 @@ def test_a_group_of_seeds_keeps_what_it_cannot_go_on_with(folder, workplace, mon
     assert Path("results/other/seed_1/test.json").exists() and not Path("results/seed_1").exists()
 
 
-def test_a_moved_run_goes_on_where_it_is(folder, workplace):
-    fit(folder, epochs=1)
-    os.rename("checkpoints", "moved")
-    train.main(["--resume", "moved/run/last.pt", "--epochs", "2"])
-    assert runs.load_checkpoint(Path("moved/run/last.pt"))["epoch"] == 2 and not Path("checkpoints").exists()
-    Path("alone/run").mkdir(parents=True)
-    shutil.copy("moved/run/last.pt", "alone/run/last.pt")  # without its best.pt
-    train.main(["--resume", "alone/run/last.pt", "--epochs", "3"])
-    assert training_state.is_whole(Path("alone/run/best.pt"))
-
-
-def test_a_copied_run_leaves_the_original_alone(folder, workplace, capsys):
-    fit(folder, epochs=1)
-    shutil.copytree("checkpoints/run", "checkpoints/backup")
-    before = {path: path.read_bytes() for path in workplace.rglob("run/*") if path.name != "lock"}
-    shutil.copytree("checkpoints/run", "checkpoints/run (copy)")
-    status, error = outcome(train.main, ["--resume", "checkpoints/run (copy)/last.pt"], capsys)
-    assert status == 2 and "rename its folder" in error
-    train.main(["--resume", "checkpoints/backup/last.pt", "--epochs", "2"])
-    assert all(path.read_bytes() == content for path, content in before.items())
-    assert runs.load_checkpoint(Path("checkpoints/backup/last.pt"))["epoch"] == 2
-    assert len(Path("results/backup/metrics.csv").read_text().splitlines()) == 3
-
-
 def test_a_lost_best_checkpoint_is_said_and_never_made_up(folder, workplace, capsys, monkeypatch):
     run_epoch, ranks = train.run_epoch, iter([1.0, 3.0, 1.0, 3.0, 2.0])
     monkeypatch.setattr(train, "run_epoch", lambda *args: {**run_epoch(*args), "val_loss": next(ranks)})
@@ -393,18 +351,6 @@ def test_stopped_in_the_final_test_keeps_the_last_weights(folder, workplace, mon
     last, best = (runs.load_checkpoint(Path(f"checkpoints/run/{name}.pt")) for name in ("last", "best"))
     assert status == 143 and (last["epoch"], best["epoch"]) == (2, 1)
     assert not same(last["model"], best["model"])
-
-
-def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
-    fit(folder, "--beta_mode=linear")
-    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
-    assert status == 2 and "--beta_mode" in error
-    fit(folder, "--lr_schedule=cosine")
-    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
-    assert status == 2 and "--lr_schedule" in error
-    fit(folder, "--loss_mode=ae", "--beta_mode=linear")  # an AE has no beta
-    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
-    assert len(Path("results/run/metrics.csv").read_text().splitlines()) == 1 + 3
 
 
 def test_means_that_are_not_finite_are_found_on_any_device():

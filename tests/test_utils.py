@@ -109,12 +109,3 @@ def test_each_reconstruction_is_below_its_image(n, nrow=3):
         row, column = divmod(i, nrow)
         assert (cells[2 * row, column], cells[2 * row + 1, column]) == (above[i], above[i] + 0.5)
     assert (cells == utils.GRID_GREY).sum() == cells.numel() - 2 * n
-
-
-def test_streams_depend_on_every_part_of_their_key_and_on_nothing_else():
-    keys = [(seed, purpose, step) for seed in range(5) for purpose in ("noise", "order")
-            for step in range(50)]
-    assert len({utils.stream_seed(*key) for key in keys}) == len(keys)
-    first = torch.randn(4, generator=utils.stream(1, "noise", 2))
-    torch.manual_seed(99)
-    assert torch.equal(first, torch.randn(4, generator=utils.stream(1, "noise", 2)))

@@ -1,0 +1,67 @@
+"""Tests of arguments.py; those of wrong arguments are in test_cli.py."""
+
+import os
+import shutil
+from pathlib import Path
+
+import runs
+import train
+import training_state
+from tests.conftest import (
+    fit,
+    outcome,
+)
+
+
+def test_a_run_goes_on_where_its_dataset_was_moved_and_from_another_folder(folder, workplace, monkeypatch,
+                                                                           capsys):
+    shutil.copytree(folder, "here/images")
+    monkeypatch.chdir("here")
+    fit("images", epochs=1)
+    (workplace / "here/images").rename(workplace / "here/moved")
+    last = "checkpoints/run/last.pt"
+    status, error = outcome(train.main, ["--resume", last, "--epochs", "2"], capsys)
+    assert status == 2 and "--dataset says where it is now" in error and error.count("\n") == 1
+    status, error = outcome(train.main, ["--resume", last, "--epochs", "2", "--dataset", "glyphs"], capsys)
+    assert status == 1 and "does not hold the images" in error
+    train.main(["--resume", last, "--epochs", "2", "--dataset", "moved"])
+    monkeypatch.chdir(workplace)
+    train.main(["--resume", f"here/{last}", "--epochs", "3"])  # results, caches and images are found
+    assert {path.name for path in workplace.iterdir()} == {"here"}
+    assert len(Path("here/results/run/metrics.csv").read_text().splitlines()) == 4
+
+
+def test_a_moved_run_goes_on_where_it_is(folder, workplace):
+    fit(folder, epochs=1)
+    os.rename("checkpoints", "moved")
+    train.main(["--resume", "moved/run/last.pt", "--epochs", "2"])
+    assert runs.load_checkpoint(Path("moved/run/last.pt"))["epoch"] == 2 and not Path("checkpoints").exists()
+    Path("alone/run").mkdir(parents=True)
+    shutil.copy("moved/run/last.pt", "alone/run/last.pt")  # without its best.pt
+    train.main(["--resume", "alone/run/last.pt", "--epochs", "3"])
+    assert training_state.is_whole(Path("alone/run/best.pt"))
+
+
+def test_a_copied_run_leaves_the_original_alone(folder, workplace, capsys):
+    fit(folder, epochs=1)
+    shutil.copytree("checkpoints/run", "checkpoints/backup")
+    before = {path: path.read_bytes() for path in workplace.rglob("run/*") if path.name != "lock"}
+    shutil.copytree("checkpoints/run", "checkpoints/run (copy)")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run (copy)/last.pt"], capsys)
+    assert status == 2 and "rename its folder" in error
+    train.main(["--resume", "checkpoints/backup/last.pt", "--epochs", "2"])
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert runs.load_checkpoint(Path("checkpoints/backup/last.pt"))["epoch"] == 2
+    assert len(Path("results/backup/metrics.csv").read_text().splitlines()) == 3
+
+
+def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
+    fit(folder, "--beta_mode=linear")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
+    assert status == 2 and "--beta_mode" in error
+    fit(folder, "--lr_schedule=cosine")
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
+    assert status == 2 and "--lr_schedule" in error
+    fit(folder, "--loss_mode=ae", "--beta_mode=linear")  # an AE has no beta
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
+    assert len(Path("results/run/metrics.csv").read_text().splitlines()) == 1 + 3
