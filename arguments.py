@@ -1,6 +1,8 @@
 """The arguments of train.py: what they are, what contradicts what, and those of a run that is resumed.
 
-To add one, add it to make_parser; train.py finds it in `args`.
+To add one, add it to make_parser; train.py finds it in `args`. One that a model is built from goes into
+model.build too, and VERSION of runs.py up, because older checkpoints lack it; one that changes no result goes
+into NO_EFFECT of runs.py.
 """
 
 import argparse
@@ -30,10 +32,10 @@ def make_parser():
     add("--image_size", type=number(int, 8), nargs="+", metavar="N",
         help="height [width] to resize and centre-crop to (default: as the images are)")
     add("--value_range", type=number(float, -math.inf, above=True), nargs=2, metavar=("LOW", "HIGH"),
-        help="of a folder or an array file: the values that become black and white (default: those of the "
-             "type, 0 and 255 of 8 bits; of other numbers 0 and 1, or 0 and 255, where that is plain)")
+        help="of a folder or an array file: the values that become black and white (default: the limits of "
+             "the type, such as 0 and 255; of floats 0 and 1, or 0 and 255, if the data show which)")
     add("--levels", type=int, choices=(2, 16, 256), default=256,
-        help="number of values of a pixel: 2 binary, 16 4-bit, 256 as stored")
+        help="number of values of a pixel; 2: binary; 16: 4 bits; 256: as stored")
     add("--binarize", choices=("threshold", "stochastic"), default="threshold",
         help="with --levels 2: white where x > 0.5, or drawn with probability x whenever an image is seen")
     add("--transform", choices=("none", "grayscale", "grayscale3"), default="none",
@@ -54,8 +56,7 @@ def make_parser():
         help="mlp, resnet: widths of the encoder's hidden layers; the decoder has them in reverse; no "
              "number: no hidden layer (default: 512)")
     add("--num_filters", type=number(int, 1), default=8, metavar="N",
-        help="cnn, resnet: their width; the levels of the cnn have 8 N, then 16 N channels, of the resnet N, "
-             "2 N, then 4 N")
+        help="width of the cnn (8 N channels, then 16 N) or of the resnet (N channels, 2 N, then 4 N)")
     add("--prior", choices=list(PRIORS), default="normal",
         help="of a VAE; flow: coupling layers, trained with the model, in place of N(0, I). With one latent "
              "dimension that is a Gaussian with a learned mean and scale")
@@ -64,16 +65,17 @@ def make_parser():
 
     add = parser.add_argument_group("objective").add_argument
     add("--recon_loss", choices=list(LIKELIHOODS),
-        help="likelihood of an image given z: squared error, Gaussian of a learned scale, Bernoulli, "
-             "softmax over levels, logistic (default by levels: 2 bce, 16 categorical, 256 gaussian, of an "
-             "autoencoder mse)")
+        help="likelihood of an image given z; mse: squared error; gaussian: of a learned scale; bce: "
+             "Bernoulli; categorical: a softmax over levels (default: bce for 2 levels, categorical for 16, "
+             "for 256 gaussian, or mse for an autoencoder)")
     add("--target_beta_val", type=number(float, 0), default=1.0, metavar="BETA", help="weight of the KL")
     add("--beta_mode", choices=("constant", "linear", "cyclical"), default="constant",
-        help="how beta changes over the epochs; linear: 0 in the first one, then BETA / epochs more in each")
+        help="how beta changes over the epochs; linear: 0 in the first one, then BETA / epochs more in each; "
+             "cyclical: up to four times from 0 to BETA")
     add("--free_bits", type=number(float, 0), default=0.0, metavar="NATS",
         help="against posterior collapse: do not push an image's KL in a latent dimension below this")
     add("--iw_train", type=number(int, 0), default=0, metavar="K",
-        help="train with the importance-weighted bound of K latents an image; 0: with the ELBO")
+        help="train with the importance-weighted bound of K latents per image; 0: with the ELBO")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", "--user_epochs", type=number(int, 1), default=10, metavar="N",
@@ -85,7 +87,7 @@ def make_parser():
     add("--lr_schedule", choices=("constant", "cosine"), default="constant",
         help="cosine: up from 0 in the first hundredth of the steps, then down to 0")
     add("--ema", type=number(float, 0), default=0.999, metavar="DECAY",
-        help="validate, draw and test with a moving average of the weights, with this decay a step; 0: off")
+        help="validate, draw and test with a moving average of the weights, with this decay per step; 0: off")
     add("--weight_decay", type=number(float, 0), default=0.0, metavar="W", help="decoupled weight decay")
     add("--grad_clip", type=number(float, 0), default=0.0, metavar="NORM",
         help="clip the gradient's norm; losses are sums, so norms of hundreds are normal; 0: off")
@@ -103,7 +105,7 @@ def make_parser():
     add("--device", type=device_type, default=cli.default_device(), help="cpu, cuda or mps")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="precision of the networks in training (on CUDA, fp32 has tf32 products); auto: bf16 if the "
-             "hardware multiplies in it, because it is many times slower without such hardware")
+             "hardware supports it, or else fp32, since bf16 would be many times slower")
     add("--compile", action="store_true", help="use torch.compile")
     add("--progress_bar", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
         help="(default: only on a terminal)")
@@ -130,6 +132,10 @@ def parse_args(argv=None):
     if args.image_size:
         args.image_size = [args.image_size[0], args.image_size[-1]]
     args.command = shlex.join(["python", "train.py", *map(str, sys.argv[1:] if argv is None else argv)])
+    unused = {"target_beta_val": "ae", "beta_mode": "ae", "hidden_dims": "cnn", "num_filters": "mlp"}
+    for name, where in unused.items():
+        if name in given and where in (args.loss_mode, args.model):
+            warn(f"--{name} changes nothing with {where}")
     return args, None
 
 
@@ -142,7 +148,7 @@ def check_args(parser, args):
     if args.value_range and (args.dataset in DATASETS or not 1e-30 < abs(high - low) < 1e30):
         parser.error(f"argument --value_range: {low:g} {high:g} " + (
             f"goes with a folder or an array file, not with {args.dataset}" if args.dataset in DATASETS else
-            "are too near or too far; black and white are two different values, such as 0 and 255"))
+            "are too near or too far apart; black and white are two different values, such as 0 and 255"))
     for name in ("results_dir", "checkpoint_dir", "data_dir"):
         if args.dataset not in DATASETS and \
                 Path(vars(args)[name]).resolve().is_relative_to(Path(args.dataset).resolve()):
@@ -224,14 +230,14 @@ def resume_args(parser, defaults, given):
     problem = dataset_problem(args.dataset)
     if problem:
         parser.error(f"argument --dataset: {problem}" if "dataset" in given else
-                     f"argument --resume: the run's dataset {problem}; --dataset says where it is now")
+                     f"argument --resume: the run's dataset {problem}; give its new place with --dataset")
     return args, checkpoint
 
 
 def find_run(parser, path, args, given):
     """Set checkpoint_dir and log_dir of the run from where its checkpoint is now: it may have been moved,
-    copied or renamed, or named from another working directory. In the last case its other relative paths
-    change too, but for those that were given.
+    copied or renamed, or named from another working directory. In the last case the run's other relative
+    paths are moved too, except those given on the command line.
     """
     folder, name = path.resolve().parent, Path(args.log_dir).parts
     if folder.parts[-len(name):] != name:

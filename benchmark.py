@@ -36,8 +36,8 @@ COLUMNS = {"model": "model", "batch_size": "batch", "images_per_second": "images
 def parse_args(argv=None):
     """→ the benchmark's arguments, and those for train.py."""
     parser = ArgumentParser(
-        description="Measure training: images a second of train.py's own epoch; of its forward, backward and "
-                    "optimiser step alone on one batch (the floor); the share of this machine's rate of "
+        description="Measure training: images per second of train.py's own epoch; of its forward, backward "
+                    "and optimiser step alone on one batch (the floor); the share of this machine's rate of "
                     "matrix products; peak memory; seconds from the command to the first step. Medians over "
                     "passes, the floor's steps between the epoch's. Arguments of train.py can be given too, "
                     "by default --dataset mnist --levels 2 --latent_size 20 --hidden_dims 400, the MLP of "
@@ -311,7 +311,7 @@ SPEEDRUN = [  # NLL, whose, seeds, arguments beside the common ones
 
 
 def speedrun(rest):
-    """Train the models of SPEEDRUN and measure them, with 100 latents an image; print a row for each.
+    """Train the models of SPEEDRUN and measure them, with 100 latents per image; print a row for each.
 
     rest: further arguments of train.py. With --limit N among them, N images are measured, of one seed.
     """

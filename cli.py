@@ -200,8 +200,9 @@ def error_message(error):
 
 
 def run_script(main):
-    """Run a script's `main` and end the process. Exit with one line and status 1 if the user can fix the
-    error.
+    """Run a script's `main` and end the process with its exit status: 0; 1 and one line for an error that the
+    user can fix; 2 for wrong arguments (ArgumentParser.error); 130 after Ctrl-C; 128 + N for a run that saved
+    its state after signal N (training_state.Saver).
     """
     gc.set_threshold(100_000)  # imports make a million objects, none of them garbage
     keep_freed_memory()

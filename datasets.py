@@ -167,7 +167,7 @@ def fetch(dataset, data_dir, download):
             parts = [source(data_dir, train=train, download=download) for train in (True, False)]
     except Exception as error:
         if not download:
-            raise UserError(f"{dataset} is not in {folder}; --data_dir says where it is")
+            raise UserError(f"{dataset} is not in {folder}; give its place with --data_dir")
         raise UserError(f"{dataset} could not be downloaded ({one_line(error)}): put its files into "
                         f"{folder.resolve()}, or use --dataset glyphs, which needs no network")
     finally:

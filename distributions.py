@@ -2,7 +2,8 @@
 mixture.
 
 A likelihood says how many numbers the decoder gives for a pixel (the params), and what they mean. To add one,
-write a class with the members of SquaredError and put its name into LIKELIHOODS; no other file changes.
+write a class with the members of SquaredError (an nn.Module if it has parameters, as Gaussian) and put its
+name into LIKELIHOODS; no other code changes.
 
 Below, images are integer levels [B, C, H, W], and params are [B, channels(C), H, W] from the decoder.
 """
@@ -209,6 +210,7 @@ def default_likelihood(levels, is_vae):
 
 # ------------------------------------------------------------------------------------------------------------
 # Priors p(z). Each maps N(0, I) noise [n, noise_size] to z; its inverse, density and KL follow from that map.
+# To add one, write a class with the members of StandardNormal and put its name into PRIORS.
 
 class StandardNormal(nn.Module):
     """N(0, I), the prior of a VAE (Kingma & Welling 2014)."""
@@ -411,8 +413,8 @@ def fit_mixture(latents, labels=None, num_classes=1, components=50):
     expectation-maximisation.
 
     latents: [N, D], on the CPU; labels: [N], of a conditional model; computed in float64
-    A class of M latents has at most M / (10 D) components, and at least one; one above 128 dimensions. A
-    class with fewer than 10 D latents gets one Gaussian with the covariance within all classes.
+    A class of M latents has at most M / (10 D) components, and at least one; above 128 dimensions always one.
+    A class with fewer than 10 D latents gets one Gaussian with the pooled covariance within the classes.
     → a Mixture in float32, on the CPU. Raises FloatingPointError if a latent is not finite.
     """
     (n, size), z = latents.shape, latents.double()
@@ -450,7 +452,7 @@ def enough_latents(size):
 
 def expectation_maximisation(z, components, steps=15, gain=1e-3):
     """Fit a mixture of K Gaussians to whitened z [N, D], float64 (Dempster et al. 1977), from the clusters of
-    k-means, until a step gains less than `gain` nats a latent. Deterministic.
+    k-means, until a step gains less than `gain` nats per latent. Deterministic.
 
     → weights [K], means [K, D], Cholesky factors of the covariances [K, D, D]
 

@@ -18,19 +18,19 @@ from randomness import normal, stream
 from runs import atomic_write
 from utils import active_units, elbo_to_bpd, mean_and_covariance, to_device
 
-FIGURES = ("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples", "active_units",
+METRICS = ("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples", "active_units",
            "squared_error", "psnr", "pca_squared_error", "images")
 
 COUNTS = ("iw_samples", "images", "samples_judged", "train_images_judged")
-WIDTH = 29  # of names in print_figures
+WIDTH = 29  # of names in print_metrics
 
 
 def evaluate(model, data, args):
     """The figures of evaluation.json: means over the test images, or over args.limit of them.
 
-    neg_elbo, rec, kl: the negative ELBO and its two terms, nats an image; bpd: the ELBO in bits/dim
-    iw_nll: the negative log-likelihood by importance sampling (Burda et al. 2016, eq. 8), nats an image, with
-        args.iw_samples latents an image; iw_nll_se: its standard error over the images
+    neg_elbo, rec, kl: the negative ELBO and its two terms, nats per image; bpd: the ELBO in bits/dim
+    iw_nll: the negative log-likelihood by importance sampling (Burda et al. 2016, eq. 8), nats per image,
+        with args.iw_samples latents per image; iw_nll_se: its standard error over the images
     squared_error: of the reconstruction, summed over pixels in [0, 1]; psnr: of its mean, in dB
     pca_squared_error: see below
     A figure that does not apply is None.
@@ -52,7 +52,7 @@ def evaluate(model, data, args):
                 parts[-1]["squared_error"] = error.square().flatten(1).sum(1)
             bar.update(len(index))
     each = {name: torch.cat([part[name].cpu().double() for part in parts]) for name in parts[0]}
-    measured = dict.fromkeys(FIGURES) | {"rec": each["rec"].mean().item(), "images": len(order)}
+    measured = dict.fromkeys(METRICS) | {"rec": each["rec"].mean().item(), "images": len(order)}
     if isinstance(model, VAE):
         measured["kl"] = each["kl"].mean().item()
         if len(order) >= 20:  # fewer are too few for a variance
@@ -131,7 +131,7 @@ def pca_squared_error(data, order, components):
     return error / len(order)
 
 
-def print_figures(measured):
+def print_metrics(measured):
     """Print the figures of one model, or the mean ± standard deviation of several."""
     for name in measured[0]:
         values = [figures[name] for figures in measured if figures[name] is not None]
@@ -284,7 +284,7 @@ def sample_quality(model, data, judge, args, fitted, order, real):
     discrete pixels, mean images otherwise.
 
     frechet_distance: between Gaussians with the same moments (Heusel et al. 2017)
-    precision, recall, density, coverage: see `manifold_figures`
+    precision, recall, density, coverage: see `manifold_metrics`
     class_accuracy: of a conditional model, the share of mean images in which the judge sees the right class
     """
     generator, drawn, right = stream(args.seed, "quality", fitted), [], []
@@ -298,7 +298,7 @@ def sample_quality(model, data, judge, args, fitted, order, real):
             right.append((judge(mean)[1].argmax(1) == labels).double().cpu())
     drawn = torch.cat(drawn)
     return {"frechet_distance": frechet_distance(real, drawn),
-            **manifold_figures(real[:MOST_COMPARED], drawn[:MOST_COMPARED]),
+            **manifold_metrics(real[:MOST_COMPARED], drawn[:MOST_COMPARED]),
             "class_accuracy": torch.cat(right).mean().item() if right else None}
 
 
@@ -313,7 +313,7 @@ def frechet_distance(a, b):
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-def manifold_figures(real, drawn, k=NEIGHBOURS):
+def manifold_metrics(real, drawn, k=NEIGHBOURS):
     """real [N, D], drawn [M, D] → figures from balls around each of one kind, which reach to the k-th nearest
     of the same kind (Kynkäänniemi et al. 2019; Naeem et al. 2020)
 

@@ -50,8 +50,7 @@ def export_samples(subject, n):
     model, folder = subject.model, subject.folder / "samples"
     if folder.exists():
         raise UserError(f"{folder} holds samples already; delete it, or take another --results_dir")
-    names = [re.sub(r"[^\w-]+", "_", name) for name in subject.about["classes"]]
-    names = [name if names.count(name) == 1 else f"{name}_{label}" for label, name in enumerate(names)]
+    names = subject.class_file_names
     generator, labels = stream(subject.args.seed, "export"), subject.even_labels(n)
     for index in torch.arange(n).split(model.max_batch):
         asked = None if labels is None else labels[index]
@@ -91,7 +90,7 @@ def write_page(folder, path, checkpoint):
         return next((i for i, name in enumerate(FIRST) if picture.name.startswith(name)), len(FIRST))
     pictures = sorted((picture for picture in folder.glob("*") if picture.suffix in (".png", ".gif")),
                       key=lambda picture: (place(picture), picture.name))
-    epochs = [picture for picture in pictures if re.search(r"_\d+$", picture.stem)]
+    epochs = [picture for picture in pictures if re.fullmatch(r"(samples|reconstructions)_\d+", picture.stem)]
     figures = {}
     for name in ("test.json", "evaluation.json"):
         try:

@@ -54,7 +54,7 @@ def save_picture(path, caption, image):
 
 
 def save_grid(path, caption, images, nrow):
-    """Write images [N, C, H, W] in [0, 1] as a grid with a caption, nrow images a row."""
+    """Write images [N, C, H, W] in [0, 1] as a grid with a caption, nrow images per row."""
     save_picture(path, caption, image_grid(images, nrow))
 
 

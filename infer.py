@@ -15,7 +15,7 @@ from cli import ArgumentParser, UserError, default_device, device_type, number, 
 from data import dataset_problem, load, own_images
 from datasets import DATASETS
 from distributions import Mixture
-from evaluate import evaluate, evaluate_samples, print_figures
+from evaluate import evaluate, evaluate_samples, print_metrics
 from export import export_latents, export_samples, write_page
 from model import build
 from pictures import NEED_DATA, PICTURES, Subject, compare, draw_images, explore
@@ -91,7 +91,7 @@ def measure(subjects):
         write_json(path, {"ckpt": subject.path.as_posix(), "epoch": subject.checkpoint["epoch"],
                           **measured[-1]})
         print(path)
-        print_figures(measured[-1:])
+        print_metrics(measured[-1:])
         if measured[-1]["iw_nll"] is None and subject.model.prior is not None:
             print(f"no NLL: {subject.trained['recon_loss']} is no likelihood of discrete pixels; train with "
                   f"--recon_loss {'bce' if subject.about['levels'] == 2 else 'logistic'}")
@@ -102,7 +102,7 @@ def measure(subjects):
     trained = [subject.trained for subject in subjects]
     if differing_arguments(trained) == ["seed"] and len({run["seed"] for run in trained}) == len(trained):
         print("mean ± standard deviation of the seeds")
-        print_figures(measured)
+        print_metrics(measured)
 
 
 def export(subject, split):
@@ -153,7 +153,7 @@ def parse_args(argv=None):
                       help="write N samples as PNG files")
     add("--split", choices=("train", "val", "test"), default="test", help="with --export: which images")
     add("--iw_samples", type=number(int, 1), default=500, metavar="K",
-        help="with --evaluate: latents an image for the likelihood")
+        help="with --evaluate: latents per image for the likelihood")
     add("--limit", type=number(int, 1), metavar="N",
         help="with --evaluate: only a fixed random N of the test images (default: all)")
     add("--seed", type=number(int, 0), default=1, metavar="N", help="of all random numbers")
@@ -212,7 +212,7 @@ def open_checkpoint(path, args):
                 raise
             lost = "" if args.only or args.compare or args.explore else \
                 f", and so without {', '.join(sorted(NEED_DATA))}"
-            moved = "" if trained["dataset"] in DATASETS else "; --dataset says where it is now"
+            moved = "" if trained["dataset"] in DATASETS else "; give its new place with --dataset"
             print(f"without the dataset{lost}: {error}{moved}", file=sys.stderr)
     return subject
 

@@ -25,7 +25,7 @@ class AE(nn.Module):
     shape: (C, H, W), any from 8×8 up; levels: the number of values of a pixel, 2, 16 or 256
     model: a name in NETWORKS; hidden_dims, num_filters: the widths of its layers
     recon_loss: a name in LIKELIHOODS; None for the one that fits the levels
-    num_classes: set by ConditionalVAE, which alone uses them; 0 for any other model
+    num_classes: the number of classes of a ConditionalVAE; 0 for any other model
     """
 
     outputs_per_latent = 1  # of the encoder: here z itself
@@ -45,7 +45,7 @@ class AE(nn.Module):
         self.decoder = decoder(shape, self.channels, latent_size + num_classes, **widths)
         self.to(memory_format=torch.channels_last)  # the convolutions of the residual network are faster
         self.prior = None  # the prior of the loss; an AE has none
-        self.fitted = Mixture.standard(latent_size)  # to be fitted to latents; a VAE may have none
+        self.fitted = Mixture.standard(latent_size)  # to be fitted to latents; a VAE has none before that
 
     # ---- images → z
 
@@ -74,7 +74,7 @@ class AE(nn.Module):
 
     def decode_in_parts(self, z, labels=None):
         """As decode, for any number of latents in bounded memory: yields (part, params of z[part]), part a
-        slice. Write what you keep into a tensor made before the loop: small tensors kept between large ones
+        slice. Copy results into a tensor that was made before the loop: small tensors kept between large ones
         that are freed would fragment the memory.
         """
         for first in range(0, len(z), self.max_batch):
@@ -101,7 +101,7 @@ class AE(nn.Module):
 
     def sampling_prior(self, fitted=False):
         """The distribution that samples come from: the prior, or the mixture fitted to latents. An AE has
-        only the mixture. Raises ValueError if the model has no mixture.
+        only the mixture. Raises ValueError if the mixture is asked for and there is none.
         """
         if (fitted or self.prior is None) and self.fitted is None:
             raise ValueError("no mixture is fitted to this model's latents; fitted=False samples its prior")
@@ -163,9 +163,9 @@ class AE(nn.Module):
         """The terms of the loss, L_rec + beta · L_reg.
 
         images: integer levels [B, C, H, W]; labels: [B]; noise ~ N(0, I): [B, D]
-        → (L_rec, L_reg, bpd), each a mean over the batch. L_rec: −log p(x|z), nats an image (for mse the
-        squared error on [-1, 1]); L_reg: the KL of q(z|x) from the prior, nats an image; bpd: bits/dim of the
-        negative ELBO at beta = 1, or None if the likelihood is not one of discrete pixels. An AE needs no
+        → (L_rec, L_reg, bpd), each a mean over the batch. L_rec: −log p(x|z), nats per image (for mse the
+        squared error on [-1, 1]); L_reg: the KL of q(z|x) from the prior, nats per image; bpd: bits/dim of
+        the negative ELBO at beta = 1, or None if the likelihood is not one of discrete pixels. An AE needs no
         noise; its L_reg is 0 and its bpd None.
         """
         rec = self.likelihood.loss(self.decode(self.encode(images, labels), labels), images)
@@ -198,8 +198,8 @@ class VAE(AE):
         x = self.encoder_input(images, labels)
         mean, log_std = self.encoder(x).to(x.dtype).chunk(2, dim=1)
         # A posterior much wider than the prior is of no use, but the KL grows as exp(2 log_std): one large
-        # output would end a run in an explosion. Beyond a bound an output has no gradient, but other images
-        # bring it back. hardtanh is a clamp with a cheaper gradient.
+        # output would end a run in an explosion. Beyond a bound an output has no gradient, but the gradients
+        # of other images can bring it back. hardtanh is a clamp with a cheaper gradient.
         return mean, F.hardtanh(log_std, -20, 2)
 
     def encoder_input(self, images, labels):
@@ -249,7 +249,7 @@ class VAE(AE):
         return None if kl is None else kl.sum(1)
 
     def bits_per_dim(self, neg_elbo):
-        """Nats an image → bits/dim, without a gradient; None if pixels are not discrete"""
+        """Nats per image → bits/dim, without a gradient; None if pixels are not discrete"""
         return elbo_to_bpd(neg_elbo.detach(), (1, *self.shape)) if self.likelihood.is_discrete else None
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 def lr_schedule(mode, lr, steps):
     """The learning rate as a function of the number of steps already taken, of `steps` in all.
 
-    mode: a choice of train.py's --lr_schedule
+    mode: a choice of train.py's --lr_schedule; a new one is a branch here, and a choice in arguments.py
     constant: lr. cosine: a straight line up over the first hundredth, then half a cosine down to 0
     (Loshchilov & Hutter 2017, eq. 5, without restarts).
     """

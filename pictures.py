@@ -29,7 +29,7 @@ from utils import active_dimensions, image_grid, interleave, mean_and_covariance
 class Subject:
     """What is drawn or measured: the model of a checkpoint, and what belongs to it.
 
-    data: None if the dataset is not on this machine; args: of infer.py; folder: for the pictures
+    data: None if it is not needed, or not on this machine; args: of infer.py; folder: for the pictures
     """
     model: AE
     checkpoint: dict
@@ -71,6 +71,12 @@ class Subject:
         if unknown:
             raise UserError(f"--classes: there is no {', '.join(unknown)}, only {', '.join(names)}")
         return torch.tensor([label[name] for name in asked or names], device=self.args.device)
+
+    @property
+    def class_file_names(self):
+        """The names of the classes for files; different ones, also where signs had to be replaced"""
+        names = [re.sub(r"[^\w-]+", "_", name) for name in self.about["classes"]]
+        return [name if names.count(name) == 1 else f"{name}_{label}" for label, name in enumerate(names)]
 
     def few_classes(self, picture, most=32):
         """The first of `classes`, int64 [n]; a line says how many are left out of a picture."""
@@ -130,7 +136,7 @@ class Subject:
             found.kl = self.model.prior.kl_by_dimension(found.z, log_std[0])
         if found.kl is not None:
             found.kl = weight = found.kl.mean(0)
-        else:  # those of the base space of an AE are all about 1
+        else:  # in the base space of an AE all variances are about 1
             weight = (found.z if found.std is None else found.base).var(0, correction=0)
         found.order = weight.argsort(descending=True)
         return found
@@ -164,9 +170,10 @@ def samples(subject):
     subject.save("samples.png", save_grid, f"samples from {name}: mean images", mean, columns)
     if subject.fitted and subject.model.prior is not None:
         _, plain, _ = subject.sample(n, "samples", fitted=False)
-        subject.save("samples_prior.png", save_grid, f"samples from {subject.model.prior.description}: mean "
-                     "images. Those of samples.png come from a mixture, because the latents of all images "
-                     "together are not distributed as N(0, I)", plain, columns)
+        cooler = f", temperature {subject.args.temperature:g}" * (subject.args.temperature != 1)
+        subject.save("samples_prior.png", save_grid, f"samples from {subject.model.prior.description}"
+                     f"{cooler}: mean images. Those of samples.png come from a mixture, because the latents "
+                     "of all images together are not distributed as N(0, I)", plain, columns)
     if subject.model.likelihood.is_discrete:
         subject.save("samples_drawn.png", save_grid,
                      f"the same samples from {name}: pixels drawn from the likelihood", drawn / subject.scale,
@@ -181,7 +188,10 @@ def reconstructions(subject):
                  interleave(images, subject.model.mean_images(z, labels), columns), columns)
 
 
-def interpolations(subject, pairs=5, steps=9):
+STEPS = 9  # images of a line between two latents
+
+
+def interpolations(subject, pairs=5):
     """Lines between the latents of test images of different classes: straight, and on the sphere in the base
     space of the prior. For a conditional model, between images of one class.
     """
@@ -189,20 +199,24 @@ def interpolations(subject, pairs=5, steps=9):
     if not ends:
         return "it needs two test images" + " of one class" * subject.conditional
     (a, starts, labels), (b, stops, others) = map(subject.test_images, ends)
-    rows = [lines_between(subject, a[i:i + 1], b[i:i + 1], starts[i], stops[i], labels[i].expand(steps))
+    rows = [lines_between(subject, a[i:i + 1], b[i:i + 1], starts[i], stops[i], labels[i].expand(STEPS))
             for i in range(len(starts))]
     kind = " of one class" * subject.conditional + " of different classes" * bool((labels != others).all())
     subject.save("interpolations.png", figures.labelled_grid, f"between the latents of two test images{kind}"
-                 f"; spherical: {subject.base_name}", torch.cat(rows), steps + 2,
-                 ["linear", "spherical"] * len(starts),
-                 ["image", *(f"{t:.3g}" for t in torch.linspace(0, 1, steps).tolist()), "image"])
+                 f"; spherical: {subject.base_name}", torch.cat(rows), STEPS + 2,
+                 ["linear", "spherical"] * len(starts), line_names())
 
 
-def lines_between(subject, a, b, start, stop, labels=None, steps=9):
+def line_names():
+    """The names of the columns that lines_between makes"""
+    return ["image", *(f"{t:.3g}" for t in torch.linspace(0, 1, STEPS).tolist()), "image"]
+
+
+def lines_between(subject, a, b, start, stop, labels=None):
     """Two rows of images from the image a to the image b: mean images along a straight line between their
     latents [D], and on the sphere in the base space.
     """
-    model, weights = subject.model, torch.linspace(0, 1, steps, device=start.device)[:, None]
+    model, weights = subject.model, torch.linspace(0, 1, STEPS, device=start.device)[:, None]
     ends = model.to_base(torch.stack([start, stop]), None if labels is None else labels[:2])
     lines = torch.lerp(start, stop, weights), model.from_base(slerp(*ends, weights), labels)
     return torch.cat([part for z in lines for part in (a, model.mean_images(z, labels), b)])
@@ -222,7 +236,7 @@ def interpolation_ends(subject, pairs):
         others = order[~torch.isin(order, torch.stack([i, *first, *second]))]
         same_class = labels[others] == labels[i]
         fitting = others[same_class if subject.conditional else ~same_class]
-        if not (len(fitting) or subject.conditional):  # all images are of one class
+        if not (len(fitting) or subject.conditional):  # no image of another class is left
             fitting = others
         if len(fitting):
             first.append(i)
@@ -245,7 +259,7 @@ def slerp(start, end, weights):
 
 def manifold(subject):
     """A 2-D latent space, decoded at the percentiles of N(0, 1) in the base space of the prior. For a
-    conditional model, a picture a class.
+    conditional model, a picture for each class.
     """
     model = subject.model
     if model.latent_size != 2:
@@ -255,30 +269,29 @@ def manifold(subject):
         labels = None if label is None else label.expand(len(z))
         z = model.from_base(subject.args.temperature * z.to(subject.args.device), labels)
         return model.mean_images(z, labels).cpu()
-    caption = f"the 2-D latent space at the percentiles of N(0, I), {subject.base_name}"
+    cooler = f" times {subject.args.temperature:g}" * (subject.args.temperature != 1)
+    caption = f"the latent space at the percentiles of N(0, I){cooler} {subject.base_name}"
     if not subject.conditional:
         subject.save("manifold.png", save_picture, caption, visualize_manifold(decoder))
     for label in subject.few_classes("manifold") if subject.conditional else ():
         name = subject.about["classes"][label]
         grid = visualize_manifold(lambda z, label=label: decoder(z, label))
-        file = re.sub(r"[^\w-]+", "_", f"manifold_{name}")
-        subject.save(f"{file}.png", save_picture, f"{caption}, class {name}", grid)
+        subject.save(f"manifold_{subject.class_file_names[label]}.png", save_picture,
+                     f"{caption}, class {name}", grid)
 
 
 def classes(subject, columns=10):
-    """A row for each class, with the same latent in each column."""
+    """A row for each class, with the same noise in each column."""
     if not subject.conditional:
         return "the model is not conditional"
     labels = subject.few_classes("classes")
-    prior = subject.model.sampling_prior(subject.fitted)
-    noise = torch.randn(columns, prior.noise_size, generator=stream(subject.args.seed, "classes"))
-    noise[:, :subject.model.latent_size] *= subject.args.temperature
-    labels = labels.repeat_interleave(columns)
-    z = prior.transform(noise.to(subject.args.device).repeat(len(labels) // columns, 1), labels)
-    images, labels = subject.model.mean_images(z, labels), labels[::columns]
+    z = torch.cat([subject.model.sample_latents(
+        columns, label.expand(columns), subject.args.temperature, stream(subject.args.seed, "classes"),
+        subject.fitted) for label in labels])
     subject.save("classes.png", figures.labelled_grid, "a row for each class, the same noise in each column, "
                  f"samples from {subject.prior_name}",
-                 images, columns, [subject.about["classes"][label] for label in labels.tolist()])
+                 subject.model.mean_images(z, labels.repeat_interleave(columns)), columns,
+                 [subject.about["classes"][label] for label in labels.tolist()])
 
 
 def latents(subject):
@@ -410,14 +423,13 @@ def draw_images(subject, split):
     if len(split) == 2:
         rows, names = [], []
         for label in subject.few_classes("images_interpolation.png") if subject.conditional else [None]:
-            labels = None if label is None else label.expand(9)
+            labels = None if label is None else label.expand(STEPS)
             z = model.embed(levels, None if label is None else label.expand(2))
             rows.append(lines_between(subject, images[:1], images[1:], z[0], z[1], labels))
             kind = "" if label is None else f" as {subject.about['classes'][label]}"
             names += [f"linear{kind}", f"spherical{kind}"]
         subject.save("images_interpolation.png", figures.labelled_grid, "between the latents of your images; "
-                     f"spherical: {subject.base_name}", torch.cat(rows), 11, names,
-                     ["image", *(f"{t:.3g}" for t in torch.linspace(0, 1, 9).tolist()), "image"])
+                     f"spherical: {subject.base_name}", torch.cat(rows), STEPS + 2, names, line_names())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -475,10 +487,10 @@ def comparison(subject, differing):
 def evaluated(subject):
     """The figures of evaluation.json, if they are of this checkpoint; else an empty dictionary."""
     try:
-        figures = json.loads((subject.folder / "evaluation.json").read_text())
-        own = {"ckpt": subject.path.as_posix(), "epoch": subject.checkpoint["epoch"]}
-        return figures if figures | own == figures else {}
-    except (OSError, ValueError, TypeError):  # not measured, or damaged
+        measured = json.loads((subject.folder / "evaluation.json").read_text())
+        same = Path(measured["ckpt"]).resolve() == subject.path.resolve()
+        return measured if same and measured["epoch"] == subject.checkpoint["epoch"] else {}
+    except (OSError, ValueError, TypeError, KeyError):  # not measured, or damaged
         return {}
 
 

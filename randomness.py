@@ -1,6 +1,6 @@
 """Random numbers as a pure function: each draw of training comes from a generator that is seeded by the
-run's seed, the purpose, and the epoch or step. So a run can stop and resume anywhere, and many processes
-draw what one would.
+run's seed, the purpose, the epoch, and the block of batches (see train.batches). So a run can stop and resume
+anywhere, and many processes draw what one would.
 """
 
 import hashlib

@@ -63,7 +63,7 @@ def train_epoch(state, data, args, after_step):
         # on a GPU, loss.item() would wait for each step to end; there `means` checks once an epoch
         if device.type == "cpu" and not math.isfinite(loss.item()):
             raise FloatingPointError
-        state.sums = add_terms(state.sums, terms, count)  # now, while they are in the CPU's cache
+        state.sums = add_terms(state.sums, terms, count)  # before backward drives them out of the cache
         state.optimizer.zero_grad()
         loss.backward()
         if args.grad_clip:
@@ -99,7 +99,7 @@ def test_epoch(model, split, args, purpose, after_step):
 def batches(split, order, args, *key, first=0):
     """Yield this process's share of each batch of a pass in this order, from step `first` on.
 
-    key: (purpose,), or in training ("train", epoch), which chooses the random numbers
+    key: (purpose,), or with the epoch, such as ("train", epoch), which chooses the random numbers
     → images, labels, noise (None for an AE), the number of images in this share (0 if there are too few for
     each process, and the share is a placeholder), and that of the whole batch
 
@@ -186,7 +186,7 @@ def run(args, data, checkpoint, signals):
                 (results / "test.json").unlink(missing_ok=True)  # it belongs to a shorter run
             while state.epoch < args.epochs:
                 row = run_epoch(state, data, args, saver)
-                improved = row["val_loss"] < state.best  # at the target beta, see with_ranking_loss
+                improved = state.is_best(row)
                 state.epoch, state.sums = row["epoch"], zero_sums(args.device)
                 state.best, state.history = min(state.best, row["val_loss"]), [*state.history, row]
                 # of a long run about 60 epochs have pictures
@@ -259,8 +259,9 @@ def fit_best(state, data, args, path, after_step):
             for first in range(0, len(index), model.max_batch):  # an encoder is about as large as a decoder
                 part = slice(first, first + model.max_batch)
                 latents.append(model.sample_posterior(images[part], labels[part], noise[part]).cpu())
-        classes = (of_class[chosen], len(data.classes), 10) if args.conditional else ()
-        return dict(fit_mixture(torch.cat(latents), *classes).named_buffers())
+        per_class = {"labels": of_class[chosen], "num_classes": len(data.classes), "components": 10}
+        mixture = fit_mixture(torch.cat(latents), **per_class if args.conditional else {})
+        return dict(mixture.named_buffers())
     if model.prior is None or model.prior.wants_mixture:
         best["fitted"] = broadcast(fit)
         model.fitted = Mixture(**best["fitted"]).to(args.device)
@@ -306,9 +307,7 @@ def error_ratio(model, data):
 def begin_or_resume(args, data, checkpoint):
     """→ the State of a new run, or that of the checkpoint"""
     same_processes = checkpoint and checkpoint["processes"] == WORLD
-    if processors.THREADS_CHOSEN:
-        cli.set_threads(cli.MOST_THREADS)  # an earlier seed may have changed it
-    elif same_processes:
+    if same_processes and checkpoint["threads"] <= processors.available() and not processors.THREADS_CHOSEN:
         cli.set_threads(checkpoint["threads"])  # the last bit of a sum depends on their number
     else:
         cli.adapt_threads()
@@ -353,7 +352,7 @@ def check_unchanged(args, data, checkpoint):
     differing = [part for part, value in data.about().items() if value != checkpoint["data"].get(part)]
     if differing:
         raise UserError(f"{args.dataset} does not hold the images that the run began with (it differs in "
-                        f"{', '.join(differing)}); --dataset says where these are, or train a new run")
+                        f"{', '.join(differing)}); give their place with --dataset, or train a new run")
 
 
 def prepare_network(state, data, args):
@@ -386,7 +385,7 @@ def prepare_network(state, data, args):
             error = raised
         if all_reduce_sum(torch.tensor(float(error is not None))):  # all processes compile, or none
             warn(f"--compile: no compiler works here ({cli.one_line(error or 'in another process')}); the "
-                 "run goes on without")
+                 "run goes on without it")
         else:
             state.network = compiled
     if WORLD > 1:
@@ -426,8 +425,10 @@ def not_finite_message(args, state, checkpoints):
     """The message for a loss or a weight that is not finite."""
     whole = [path.as_posix() for path in sorted(checkpoints.glob("*.pt")) if is_whole(path)]
     epoch = min(state.epoch + 1, args.epochs)
-    return (f"epoch {epoch}, after step {state.step}: the loss or a weight is not finite (lr {args.lr:g}, "
-            f"beta {beta_at(epoch - 1, args):g}). Start a new run with a smaller --lr or beta, or with "
+    vae = args.loss_mode == "vae"
+    return (f"epoch {epoch}, after step {state.step}: the loss or a weight is not finite (lr {args.lr:g}"
+            + f", beta {beta_at(epoch - 1, args):g}" * vae + "). Start a new run with a smaller --lr"
+            + " or --target_beta_val" * vae + ", or with "
             f"--grad_clip {args.grad_clip / 10 if args.grad_clip else 1000:g}."
             + (f" Still good: {', '.join(whole)}" if whole else ""))
 
@@ -448,9 +449,8 @@ def print_start(args, data, state):
             + ", …" * (len(counts) > 5))
     steps = steps_per_epoch(data, args)
     if steps < 10 and not state.step:
-        say(f"an epoch is only {steps} step{'s' * (steps > 1)}: a --batch_size of "
-            f"{max(1, len(data.train) // 20)} and more --epochs, such as "
-            f"{max(args.epochs, 10_000 // max(20, steps))}, teach more")
+        say(f"an epoch is only {steps} step{'s' * (steps > 1)}: the model may learn more with --batch_size "
+            f"{max(1, len(data.train) // 20)} and --epochs {max(args.epochs, 10_000 // max(20, steps))}")
     if args.recon_loss == "categorical" and data.levels == 256:
         say("--recon_loss categorical computes a softmax of 256 levels at each pixel, which takes many times "
             "as long as --recon_loss logistic")
@@ -473,12 +473,12 @@ def print_test(test, args, ratio, steps):
     say(f"best epoch {test['epoch']} on the test images: " + describe(test, "test_"))
     active = test.get("active_units")
     if args.loss_mode == "vae":
-        say(f"active units: {'not known from so few test images' if active is None else active} of "
-            f"{args.latent_size}")
+        say("active units: " + ("not known from so few test images" if active is None else
+                                f"{active} of {args.latent_size}"))
     few = active is not None and active < min(2, args.latent_size)
     # with --iw_train, L_reg is no KL, and the advice does not apply
     collapsed = args.loss_mode == "vae" and not args.iw_train and (test["test_kl"] < 1 or few)
-    if ratio > (1.1 if collapsed else 0.99):  # a collapsed one decodes the mean image
+    if ratio > (1.1 if collapsed else 0.99):  # a collapsed model decodes the mean image, whose ratio is 1
         say(f"nothing was learned: reconstructions are no better than the mean test image ({ratio:.2f} times "
             "its squared error). What may help: " + (
                 "more steps, by a smaller --batch_size and more --epochs" if steps < 10 else
@@ -486,8 +486,8 @@ def print_test(test, args, ratio, steps):
                 + ", --grad_clip 1000" * (not args.grad_clip)))
     elif collapsed:
         say("the posterior collapsed: the decoder hardly uses z. What may help: "
-            + "--free_bits 0.1, " * (args.prior == "normal")
-            + "a smaller --target_beta_val, or --beta_mode linear")
+            + "--free_bits 0.1, " * (args.prior == "normal" and not args.free_bits)
+            + "a smaller --target_beta_val" + ", or --beta_mode linear" * (args.beta_mode == "constant"))
 
 
 def describe(row, prefix):
@@ -531,7 +531,7 @@ def run_seeds(args, data, signals):
         try:
             tests.append(run(one, data, checkpoint, signals) if test is None else test)
         except SystemExit:
-            say(f"all seeds go on with the same command and --log_dir {group}, without --overwrite")
+            say(f"to go on with all seeds, repeat the command with --log_dir {group}, without --overwrite")
             raise
     columns = [f"seed_{seed}" for seed in args.seeds]
     rows = []

@@ -37,6 +37,12 @@ class State:
     history: list = field(default_factory=list)  # rows of metrics.csv
     elapsed: float = 0.0                # seconds that this epoch took before the last save
 
+    def is_best(self, row):
+        """Whether this row of metrics.csv has the lowest validation loss so far; if so, it is saved as
+        best.pt. The loss is at the target beta, see train.with_ranking_loss.
+        """
+        return row["val_loss"] < self.best
+
     @property
     def evaluated(self):
         """The model that is validated, drawn and tested."""
@@ -44,7 +50,7 @@ class State:
 
 
 def zero_sums(device):
-    """Sums of rec, kl and bpd before the first step. One zero, because an AE has fewer terms."""
+    """Sums before the first step: a single zero, to which two terms (of an AE) or three can be added."""
     return torch.zeros(1, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
 
 
@@ -114,7 +120,7 @@ class Saver:
 
     def __init__(self, args, data, state, folder, signals):
         self.args, self.data, self.state, self.folder, self.signals = args, data, state, folder, signals
-        self.steps, self.interval = 0, 1  # since the processes synchronised; until they do so again
+        self.steps, self.interval = 0, 1  # since the processes last agreed; until they agree again
         self.saved = self.agreed = time.monotonic()
         self.stepped = time.perf_counter()  # monotonic() has steps of 16 ms on Windows
         self.epoch_start = self.saved - state.elapsed

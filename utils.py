@@ -42,7 +42,7 @@ def log_normal(x):
 def elbo_to_bpd(elbo, img_shape):
     """Bits per dimension of a negative evidence lower bound, which must be taken at beta = 1.
 
-    elbo: [B] (or its mean), nats an image; img_shape: the batch's [B, C, H, W] → the shape of elbo
+    elbo: [B] (or its mean), nats per image; img_shape: the batch's [B, C, H, W] → the shape of elbo
     """
     return elbo * math.log2(math.e) / math.prod(img_shape[1:])
 
@@ -121,7 +121,7 @@ GRID_GREY = 0.4  # the lines between images, and empty places
 
 
 def interleave(above, below, nrow):
-    """Two batches of images in the order of a grid with nrow images a row: a row of the first, the same row
+    """Two batches of images in the order of a grid with nrow images per row: a row of the first, the same row
     of the second, and so on. Grey images fill up a short last row.
     """
     rest = torch.full((-len(above) % nrow, *above.shape[1:]), GRID_GREY)
@@ -132,8 +132,8 @@ def interleave(above, below, nrow):
 def image_grid(images, nrow, line=1):
     """Images [N, C, H, W] in [0, 1] → one image of all of them [3, H', W'].
 
-    nrow: images a row; line: the width of the lines around them, in pixels. This is torchvision's make_grid,
-    without the import of torchvision, which takes a second.
+    nrow: images per row; line: the width of the lines around them, in pixels. This is torchvision's
+    make_grid, without the import of torchvision, which takes a second.
     """
     images, nrow = images.float().cpu(), min(nrow, len(images))
     empty = images.new_full((-len(images) % nrow, *images.shape[1:]), GRID_GREY)

@@ -21,7 +21,7 @@ def test_a_run_goes_on_where_its_dataset_was_moved_and_from_another_folder(folde
     (workplace / "here/images").rename(workplace / "here/moved")
     last = "checkpoints/run/last.pt"
     status, error = outcome(train.main, ["--resume", last, "--epochs", "2"], capsys)
-    assert status == 2 and "--dataset says where it is now" in error and error.count("\n") == 1
+    assert status == 2 and "give its new place with --dataset" in error and error.count("\n") == 1
     status, error = outcome(train.main, ["--resume", last, "--epochs", "2", "--dataset", "glyphs"], capsys)
     assert status == 1 and "does not hold the images" in error
     train.main(["--resume", last, "--epochs", "2", "--dataset", "moved"])

@@ -120,12 +120,12 @@ def test_the_frechet_distance_is_that_of_gaussians():
 
 def test_precision_recall_density_and_coverage_counted_by_hand():
     """Balls of the real ones reach 1, 1 and 2 far, of the drawn ones 9.5."""
-    found = evaluate.manifold_figures(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.5], [10.0]]), k=1)
+    found = evaluate.manifold_metrics(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.5], [10.0]]), k=1)
     assert found == pytest.approx({"precision": 1 / 2, "recall": 1, "density": 1, "coverage": 2 / 3})
     x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
-    found = evaluate.manifold_figures(x, x + 1e-6)
+    found = evaluate.manifold_metrics(x, x + 1e-6)
     assert found["precision"] == found["recall"] == found["coverage"] == 1
-    assert set(evaluate.manifold_figures(x, x + 100).values()) == {0.0}
+    assert set(evaluate.manifold_metrics(x, x + 100).values()) == {0.0}
 
 
 def test_samples_are_judged(folder, workplace, capsys, monkeypatch):
