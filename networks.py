@@ -100,29 +100,31 @@ class CNNEncoder(nn.Module):
     def forward(self, x):
         x = x.permute(0, 2, 3, 1)  # channels last
         for conv in self.convs:
-            x = F.relu(conv(x))
+            x = F.silu(conv(x))
         return self.out(x.flatten(1))
 
 
 class CNNDecoder(nn.Module):
     """Two linear layers, then the encoder's convolutions in reverse. More channels than num_filters (a
     softmax has one for each level) are made at each pixel of num_filters features, which costs less.
+
+    Non-linearities are SiLUs: while beta is 0, most ReLUs of the first layer would die and never come back.
     """
 
     def __init__(self, shape, channels, latent_size, num_filters=8):
         super().__init__()
         sizes, widths, strides = cnn_levels((min(channels, num_filters), *shape[1:]), num_filters)
-        self.sizes = sizes[::-1]
-        self.hidden = nn.Linear(latent_size, 16 * num_filters)
-        self.stem = nn.Linear(16 * num_filters, math.prod(sizes[-1]) * widths[-1])
+        self.sizes, width = sizes[::-1], max(latent_size, 16 * num_filters)  # no narrower than the latent
+        self.hidden = nn.Linear(latent_size, width)
+        self.stem = nn.Linear(width, math.prod(sizes[-1]) * widths[-1])
         self.convs = nn.ModuleList(map(StridedConvTranspose, widths[:0:-1], widths[-2::-1], strides[::-1]))
         self.out = nn.Linear(num_filters, channels) if channels > num_filters else None
 
     def forward(self, z):
-        x = self.stem(F.relu(self.hidden(z))).view(len(z), *self.sizes[0], -1)
+        x = self.stem(F.silu(self.hidden(z))).view(len(z), *self.sizes[0], -1)
         for conv, size in zip(self.convs, self.sizes[1:]):
-            x = conv(F.relu(x), size)
-        return (self.out(F.relu(x)) if self.out else x).permute(0, 3, 1, 2)
+            x = conv(F.silu(x), size)
+        return (self.out(F.silu(x)) if self.out else x).permute(0, 3, 1, 2)
 
 
 def pyramid(shape, num_filters):

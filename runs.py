@@ -179,7 +179,7 @@ def write_csv(path, columns, rows):
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: dictionaries of plain data and tensors
 
-FORMAT, VERSION = "plain-vae", 5
+FORMAT, VERSION = "plain-vae", 6
 
 
 def checkpoint_bytes(checkpoint):

@@ -213,7 +213,6 @@ def run_quietly(said, main, argv, most):
         with open(name, "w") as out:
             os.dup2(out.fileno(), number)
     sys.argv = [f"{main.__module__}.py", *argv]
-    torch.set_num_threads(1)
     processors.THREADS_CHOSEN = True
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that this one begins
     if most:
