@@ -4,13 +4,13 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
+
+import arguments
 import runs
 import train
 import training_state
-from tests.conftest import (
-    fit,
-    outcome,
-)
+from tests.conftest import fit, outcome
 
 
 def test_a_run_goes_on_where_its_dataset_was_moved_and_from_another_folder(folder, workplace, monkeypatch,
@@ -65,3 +65,12 @@ def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
     fit(folder, "--loss_mode=ae", "--beta_mode=linear")  # an AE has no beta
     train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
     assert len(Path("results/run/metrics.csv").read_text().splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize("argv,said", [
+    (["--loss_mode=ae", "--target_beta_val=1.2"], "--target_beta_val changes nothing with ae\n"),
+    (["--num_filters=8", "--model=mlp"], "--num_filters changes nothing with mlp\n"),
+    (["--beta_mode=linear", "--num_filters=4"], "")])
+def test_an_option_that_changes_nothing_is_said(argv, said, workplace, capsys):
+    arguments.parse_args(argv)
+    assert capsys.readouterr().err == said

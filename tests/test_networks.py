@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import model
 import networks
-from tests.conftest import levels_like
+from tests.conftest import double, levels_like
 
 
 def test_a_residual_block_adds_to_its_input():
@@ -51,3 +51,12 @@ def test_without_hidden_layers_an_mlp_is_linear():
     assert len(net.encoder.hidden) == len(net.decoder.hidden) == 0
     net(levels_like((3, 9, 8), 256, 2))[0].backward()
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_the_cnns_decoder_lets_every_latent_dimension_through():
+    """Also of a latent wider than its other layers, and however far from 0 the layer's inputs are."""
+    net = model.AE((1, 28, 28), 256, "cnn", latent_size=100, num_filters=2).double()
+    for shift in (0, -2):
+        torch.nn.init.constant_(net.decoder.hidden.bias, shift)
+        jacobian = torch.func.jacrev(lambda z: net.decode(z[None]).flatten())(double(100))
+        assert torch.linalg.matrix_rank(jacobian) == 100

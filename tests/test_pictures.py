@@ -173,8 +173,8 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
         fit(folder, *flags)
         shutil.move("checkpoints/run", f"checkpoints/{name}")
     files = [f"checkpoints/{name}/best.pt" for name in "abc"]
-    measured = {"ckpt": files[0], "epoch": infer.restore(files[0])[1]["epoch"], "frechet_distance": 1.5,
-                "frechet_distance_model_prior": 9.25, "coverage": 0.25}
+    measured = {"ckpt": str(Path(files[0]).resolve()), "epoch": infer.restore(files[0])[1]["epoch"],
+                "frechet_distance": 1.5, "frechet_distance_model_prior": 9.25, "coverage": 0.25}
     for wrong in ([], {**measured, "epoch": 7}, {**measured, "ckpt": files[1]}):  # not of these checkpoints
         Path("results/run/evaluation.json").write_text(json.dumps(wrong))
         infer.main(["--compare", "--ckpt", files[0], files[2]])
@@ -348,3 +348,19 @@ def test_many_classes_and_many_samples_need_bounded_memory(folder, workplace):
     assert peak("infer", "--ckpt=checkpoints/many/best.pt") < 1000
     fit(folder, "--recon_loss=categorical", "--limit=20", epochs=1)  # 200,704 numbers an image
     assert peak("infer", "--ckpt=checkpoints/run/best.pt", "--only=samples", "--num_samples=1200") < 1000
+
+
+def test_classes_whose_names_are_alike_in_file_names_keep_their_pictures(workplace):
+    labels, images = np.arange(60) % 3, np.random.default_rng(0).integers(0, 256, (60, 8, 8)).astype(np.uint8)
+    for i, (image, label) in enumerate(zip(images, labels)):
+        path = workplace / "images" / ("#", "+", "7")[label] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    fit("images", "--conditional", "--latent_size=2", epochs=2)
+    infer.main(["--temperature", "0.5", "--prior", "model"])
+    names = {"manifold___0.png", "manifold___1.png", "manifold_7.png"}
+    assert {path.name for path in Path("results/run").glob("manifold*")} == names
+    with Image.open("results/run/manifold_7.png") as image:
+        assert "percentiles of N(0, I) times 0.5 in the latent space, class 7" in image.info["Description"]
+    page = Path("results/run/index.html").read_text()
+    assert all(page.index(f'src="{name}"') < page.index("After each epoch") for name in names)
