@@ -89,8 +89,9 @@ def make_parser():
     add("--ema", type=number(float, 0), default=0.999, metavar="DECAY",
         help="validate, draw and test with a moving average of the weights, with this decay per step; 0: off")
     add("--weight_decay", type=number(float, 0), default=0.0, metavar="W", help="decoupled weight decay")
-    add("--grad_clip", type=number(float, 0), default=0.0, metavar="NORM",
-        help="clip the gradient's norm; losses are sums, so norms of hundreds are normal; 0: off")
+    add("--grad_clip", type=number(float, 0), metavar="NORM",
+        help="clip the gradient's norm; losses are sums, so norms of hundreds are normal; 0: off (default: "
+             "1000 with --beta_mode linear or cyclical, or else 0)")
 
     add = parser.add_argument_group("run").add_argument
     add("--log_dir", type=run_name, metavar="NAME",
@@ -127,6 +128,8 @@ def parse_args(argv=None):
     args = Namespace(**{**defaults, **given})
     check_args(parser, args)
     args.recon_loss = args.recon_loss or default_likelihood(args.levels, args.loss_mode == "vae")
+    if args.grad_clip is None:  # while beta is small, one strange image can have a gradient that ends a run
+        args.grad_clip = 1000.0 if args.loss_mode == "vae" and args.beta_mode != "constant" else 0.0
     if args.precision == "auto":  # chosen once, so that a resumed run goes on as it began
         args.precision = cli.default_precision(args.device)
     if args.image_size:

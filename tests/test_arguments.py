@@ -74,3 +74,10 @@ def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
 def test_an_option_that_changes_nothing_is_said(argv, said, workplace, capsys):
     arguments.parse_args(argv)
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("argv,clip", [
+    ([], 0), (["--beta_mode=linear"], 1000), (["--loss_mode=ae"], 0),
+    (["--beta_mode=cyclical", "--grad_clip=0"], 0), (["--grad_clip=7"], 7)])
+def test_gradients_are_clipped_while_beta_changes_unless_the_user_says_otherwise(argv, clip, workplace):
+    assert arguments.parse_args(argv)[0].grad_clip == clip
