@@ -207,7 +207,7 @@ def resume_args(parser, defaults, given):
         if name not in ("dataset", "data_dir", "save_every", "progress_bar", "device", "epochs"):
             parser.error(f"argument --{name}: not with --resume, which keeps the run's value; allowed are "
                          "--dataset (where it was moved to), --data_dir, --save_every, --progress_bar, "
-                         "--device and a larger --epochs")
+                         "--device and --epochs")
     try:
         checkpoint = verify_checkpoint(path)
     except UserError as error:
@@ -218,9 +218,11 @@ def resume_args(parser, defaults, given):
              "progress_bar": defaults["progress_bar"]}
     args = Namespace(**{**began, **given})
     fixed = scheduled(args)
-    if args.epochs < began["epochs"] or (args.epochs > began["epochs"] and fixed):
-        parser.error(f"argument --epochs: not {args.epochs} with --resume; it must be {began['epochs']}"
-                     + (f", because {fixed[0]} depends on it" if fixed else " or more"))
+    least = max(1, checkpoint["epoch"])
+    if args.epochs < least or (args.epochs != began["epochs"] and fixed):
+        parser.error(f"argument --epochs: not {args.epochs} with --resume; it must be " + (
+            f"{began['epochs']}, because {fixed[0]} depends on it" if fixed else
+            f"{least} or more, since epoch {least} is {'finished' if checkpoint['epoch'] else 'begun'}"))
     try:
         device_type(args.device)
     except argparse.ArgumentTypeError:

@@ -5,6 +5,7 @@ are in each script.
 import argparse
 import contextlib
 import ctypes
+import difflib
 import gc
 import math
 import os
@@ -44,6 +45,9 @@ class ArgumentParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 
     def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

@@ -217,7 +217,7 @@ class StandardNormal(nn.Module):
 
     wants_mixture = True  # whether samples are better from a mixture that is fitted after training
     description = "the prior N(0, I)"
-    base_name = "in the latent space"  # what captions call the space in which the prior is N(0, I)
+    base_name = "in the latent space"  # how captions name the space in which the prior is N(0, I)
 
     def __init__(self, latent_size, layers=0, num_classes=0):
         super().__init__()

@@ -38,6 +38,7 @@ def evaluate(model, data, args):
     order = torch.randperm(len(data.test), generator=stream("evaluate"))[:args.limit]
     has_elbo = isinstance(model, VAE) and model.likelihood.is_discrete
     k = args.iw_samples if has_elbo else 1
+    print(f"measures {len(order):,} test images" + f", with {k:,} latents each" * has_elbo, flush=True)
     embedded, parts = [], []
     with tqdm(total=len(order), desc="evaluating", unit=" images", disable=None) as bar:
         for which, index in enumerate(order.split(max(1, model.max_batch // k))):
@@ -263,6 +264,7 @@ def cached_judge(data, num_classes, folder):
     try:
         judge.load_state_dict(torch.load(path, weights_only=True))
     except Exception:  # not there, or damaged in whatever way
+        print("trains a classifier to judge samples, once for this dataset: minutes on a CPU", flush=True)
         judge = train_judge(data, num_classes)
         with contextlib.suppress(OSError):  # a folder that cannot be written costs time, nothing else
             folder.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,7 @@ def table(rows):
 
 def figure(picture, run):
     from PIL import Image
-    caption = picture.stem
+    caption = "the samples after each epoch" if picture.stem == "progress" else picture.stem
     with contextlib.suppress(OSError), Image.open(picture) as image:
         caption = image.info.get("Description", caption).removeprefix(f"{run}: ")  # figures.py writes it
     return (f'<figure><a href="{html.escape(picture.name)}"><img src="{html.escape(picture.name)}" '

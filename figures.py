@@ -236,16 +236,17 @@ def compare(path, title, columns):
     cell, gap, line, margin = 3.2, 0.15, 0.19, 1.45  # inches
     heights = [max((cell * grid.shape[1] / grid.shape[2] for grid in grids if grid is not None), default=0)
                for grids in list(zip(*columns))[1:3]]
-    lines = len(columns[0][0]), len(columns[0][3])
     width = margin + len(columns) * (cell + gap)
-    height = sum(heights) + 4.5 * gap + line * (sum(lines) + 1)
+    above = textwrap.wrap(title, int(13 * width))
+    lines = len(above), len(columns[0][0]), len(columns[0][3])
+    height = sum(heights) + 4.5 * gap + line * sum(lines)
     figure = new_figure(figsize=(width, height))
 
     def write(x, y, text, **style):
         figure.text(x / width, 1 - y / height, text, fontsize=9, va="top", **style)
-    write(gap, gap / 2, title)
+    write(gap, gap / 2, "\n".join(above))
     for i, (caption, *grids, values) in enumerate(columns):
-        left, top = margin + i * (cell + gap), line + gap
+        left, top = margin + i * (cell + gap), line * len(above) + gap
         for text in caption:
             write(left + cell / 2, top, short(text, 44), ha="center")
             top += line

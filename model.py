@@ -276,7 +276,7 @@ class VAE(AE):
 class ConditionalVAE(VAE):
     """A VAE conditioned on the class (Sohn et al. 2015). The encoder sees the class as one more channel, an
     image that is learned for each class; the decoder sees it as one-hot numbers beside z. Labels [B] are
-    needed wherever they are an argument.
+    needed wherever they are an argument; without them it raises ValueError.
     """
 
     def __init__(self, *args, num_classes, **kwargs):
@@ -284,11 +284,18 @@ class ConditionalVAE(VAE):
         self.num_classes = num_classes
         self.class_image = nn.Embedding(num_classes, math.prod(self.shape[1:]))
 
+    @staticmethod
+    def check(labels):
+        if labels is None:
+            raise ValueError("this model is conditional: give labels, the index of each image's class")
+
     def encoder_input(self, images, labels):
+        self.check(labels)
         planes = self.class_image(labels).view(-1, 1, *self.shape[1:])
         return torch.cat([self.normalize(images), planes], dim=1)
 
     def decode(self, z, labels=None):
+        self.check(labels)
         return super().decode(torch.cat([z, F.one_hot(labels, self.num_classes).to(z)], dim=1))
 
 

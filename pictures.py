@@ -203,7 +203,7 @@ def interpolations(subject, pairs=5):
             for i in range(len(starts))]
     kind = " of one class" * subject.conditional + " of different classes" * bool((labels != others).all())
     subject.save("interpolations.png", figures.labelled_grid, f"between the latents of two test images{kind}"
-                 f"; spherical: {subject.base_name}", torch.cat(rows), STEPS + 2,
+                 f"; spherical: along an arc, {subject.base_name}", torch.cat(rows), STEPS + 2,
                  ["linear", "spherical"] * len(starts), line_names())
 
 
@@ -338,7 +338,8 @@ def traversals(subject, rows=10, steps=11):
     names = [f"z{d + 1}" + (f" ({codes.kl[d]:.2f} nats)" if codes.kl is not None else "") for d in chosen]
     images = subject.model.mean_images(subject.model.from_base(base, labels), labels)
     subject.save("traversals.png", figures.labelled_grid, "the most active latent dimensions one by one, "
-                 f"from -3 to 3 standard deviations, {subject.base_name}; the others as in a test image",
+                 f"from -3 to 3 standard deviations of the prior, {subject.base_name}; the others as in a "
+                 "test image",
                  images, steps, names,
                  [f"{round(offset, 1) + 0.0:.1f}" for offset in offsets.tolist()])
 
@@ -359,9 +360,9 @@ def nearest(subject, n=8, k=9):
         names = [f"{subject.about['classes'][label]}: " for label in labels.tolist()]
     shown = torch.cat([asked[:n, None], found], 1)
     subject.save("nearest.png", figures.labelled_grid, f"mean images of samples from {subject.prior_name}, "
-                 "and the training images nearest to each, with the distance of the nearest. Distances far "
-                 f"below {distances[n:, 0].median():.2f}, the median of reconstructed test images, would "
-                 "mean that the model memorises",
+                 f"and the {shown.shape[1] - 1} training images nearest to each, with the distance of the "
+                 f"nearest. Were most of them far below {distances[n:, 0].median():.2f}, the median of "
+                 "reconstructed test images, the model would have memorised",
                  shown.view(-1, *subject.model.shape), shown.shape[1],
                  [f"{name}{distance:.2f}" for name, distance in zip(names, away)],
                  ["sample", "nearest", *map(str, range(2, shown.shape[1]))])
@@ -429,7 +430,8 @@ def draw_images(subject, split):
             kind = "" if label is None else f" as {subject.about['classes'][label]}"
             names += [f"linear{kind}", f"spherical{kind}"]
         subject.save("images_interpolation.png", figures.labelled_grid, "between the latents of your images; "
-                     f"spherical: {subject.base_name}", torch.cat(rows), STEPS + 2, names, line_names())
+                     f"spherical: along an arc, {subject.base_name}",
+                     torch.cat(rows), STEPS + 2, names, line_names())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -473,7 +475,8 @@ def comparison(subject, differing):
 
     def decimals(value, places=2):
         return "–" if value is None else f"{value:.{places}f}"
-    return ([f"{trained['log_dir']}, epoch {subject.checkpoint['epoch']}",
+    unfinished = ", unfinished" * is_unfinished(subject.checkpoint)
+    return ([f"{trained['log_dir']}, epoch {subject.checkpoint['epoch']}{unfinished}",
              *(f"{name} {trained.get(name)}" for name in differing)],
             image_grid(mean, 6), pairs,
             {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",

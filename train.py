@@ -265,7 +265,7 @@ def fit_best(state, data, args, path, after_step):
     if model.prior is None or model.prior.wants_mixture:
         best["fitted"] = broadcast(fit)
         model.fitted = Mixture(**best["fitted"]).to(args.device)
-    best["finished"] = True
+    best["finished"], best["args"]["epochs"] = True, args.epochs
     if RANK == 0:
         save_checkpoint(path, best)
     after_step()
@@ -450,7 +450,7 @@ def print_start(args, data, state):
     steps = steps_per_epoch(data, args)
     if steps < 10 and not state.step:
         say(f"an epoch is only {steps} step{'s' * (steps > 1)}: the model may learn more with --batch_size "
-            f"{max(1, len(data.train) // 20)} and --epochs {max(args.epochs, 10_000 // max(20, steps))}")
+            f"{max(1, len(data.train) // 20)} and --epochs {max(args.epochs, 1000 // max(20, steps))}")
     if args.recon_loss == "categorical" and data.levels == 256:
         say("--recon_loss categorical computes a softmax of 256 levels at each pixel, which takes many times "
             "as long as --recon_loss logistic")

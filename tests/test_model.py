@@ -281,3 +281,11 @@ def test_one_wild_output_of_the_encoder_does_not_make_the_kl_explode():
     _, kl, _ = net(images, noise=torch.zeros(5, 3))
     assert kl < 3 * 0.5 * math.exp(4) + net.encode(images)[0].square().sum(1).mean()
     assert net.encode(images)[1].eq(2).all()
+
+
+def test_a_conditional_model_asks_for_its_labels():
+    net = model.ConditionalVAE((1, 9, 8), 2, "mlp", latent_size=3, hidden_dims=[8], num_classes=4)
+    images = levels_like((1, 9, 8), 2)
+    for call in (lambda: net.sample(2), lambda: net.embed(images), lambda: net(images)):
+        with pytest.raises(ValueError, match="give labels"):
+            call()

@@ -249,6 +249,20 @@ def test_more_epochs_continue_as_if_asked_for_at_once(folder, workplace, monkeyp
                        for name in ("long", "run")))
 
 
+def test_fewer_epochs_end_a_stopped_run_as_if_asked_for_at_once(folder, workplace, monkeypatch, capsys):
+    fit(folder, epochs=2)
+    os.rename("results/run", "results/short"), os.rename("checkpoints/run", "checkpoints/short")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 2 * 12 + 3)
+        fit(folder, epochs=9)
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "1"], capsys)
+    assert status == 2 and "must be 2 or more" in error
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "2"])
+    assert Path("results/run/test.json").read_bytes() == Path("results/short/test.json").read_bytes()
+    short, stopped = (runs.load_checkpoint(f"checkpoints/{name}/best.pt") for name in ("short", "run"))
+    assert same(short, stopped) and stopped["finished"] and stopped["args"]["epochs"] == 2
+
+
 def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypatch, capsys):
     def argv(name):
         return [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1", "--batch_size=32",
@@ -258,7 +272,7 @@ def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypa
         stop_at(patch, 20)
         with pytest.raises(SystemExit, match="143"):
             train.main(argv("cut"))
-    assert "the same command and --log_dir cut" in capsys.readouterr().out
+    assert "repeat the command with --log_dir cut" in capsys.readouterr().out
     Path("results/cut/seed_6").mkdir()  # as if this one had been killed before its first save
     shutil.copy("results/whole/seed_6/metrics.csv", "results/cut/seed_6")  # written before the checkpoint
     before = Path("checkpoints/cut/seed_4/last.pt").stat().st_mtime_ns
@@ -457,7 +471,8 @@ def test_the_mixture_is_fitted_to_draws_from_posteriors_of_training_images(folde
     given = []
     monkeypatch.setattr(train, "enough_latents", lambda size: 20)
     monkeypatch.setattr(train, "fit_mixture",
-                        lambda *args: given.append(args) or distributions.fit_mixture(*args))
+                        lambda *args, **words: given.append((*args, *words.values()))
+                        or distributions.fit_mixture(*args, **words))
     fit(folder, "--binarize=stochastic", "--levels=2", *flags, epochs=1)
     (latents, *classes), = given
     read = data.load(str(folder), workplace)
