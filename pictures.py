@@ -270,7 +270,7 @@ def manifold(subject):
         z = model.from_base(subject.args.temperature * z.to(subject.args.device), labels)
         return model.mean_images(z, labels).cpu()
     cooler = f" times {subject.args.temperature:g}" * (subject.args.temperature != 1)
-    caption = f"the latent space at the percentiles of N(0, I){cooler} {subject.base_name}"
+    caption = f"mean images at the percentiles of N(0, I){cooler} {subject.base_name}"
     if not subject.conditional:
         subject.save("manifold.png", save_picture, caption, visualize_manifold(decoder))
     for label in subject.few_classes("manifold") if subject.conditional else ():
