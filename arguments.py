@@ -32,8 +32,8 @@ def make_parser():
     add("--image_size", type=number(int, 8), nargs="+", metavar="N",
         help="height [width] to resize and centre-crop to (default: as the images are)")
     add("--value_range", type=number(float, -math.inf, above=True), nargs=2, metavar=("LOW", "HIGH"),
-        help="of a folder or an array file: the values that become black and white (default: the limits of "
-             "the type, such as 0 and 255; of floats 0 and 1, or 0 and 255, if the data show which)")
+        help="of a folder or an array file: the values that become black and white (default: 0 and "
+             "255 of 8 bits, 0 and 65535 of 16; else 0 and 1, or 0 and 255, if the data show which)")
     add("--levels", type=int, choices=(2, 16, 256), default=256,
         help="number of values of a pixel; 2: binary; 16: 4 bits; 256: as stored")
     add("--binarize", choices=("threshold", "stochastic"), default="threshold",
@@ -218,11 +218,10 @@ def resume_args(parser, defaults, given):
              "progress_bar": defaults["progress_bar"]}
     args = Namespace(**{**began, **given})
     fixed = scheduled(args)
-    least = max(1, checkpoint["epoch"])
-    if args.epochs < least or (args.epochs != began["epochs"] and fixed):
+    if args.epochs < checkpoint["epoch"] or (args.epochs != began["epochs"] and fixed):
         parser.error(f"argument --epochs: not {args.epochs} with --resume; it must be " + (
             f"{began['epochs']}, because {fixed[0]} depends on it" if fixed else
-            f"{least} or more, since epoch {least} is {'finished' if checkpoint['epoch'] else 'begun'}"))
+            f"{checkpoint['epoch']} or more, since epoch {checkpoint['epoch']} is finished"))
     try:
         device_type(args.device)
     except argparse.ArgumentTypeError:
@@ -264,6 +263,6 @@ def find_run(parser, path, args, given):
 
 
 def scheduled(args):
-    """The options in use that depend on --epochs. With any of them a resumed run cannot have more epochs."""
+    """The options in use that depend on --epochs, which a resumed run with any of them cannot change."""
     names = ["beta_mode"] * (args.loss_mode == "vae") + ["lr_schedule", "warp"]
     return [f"--{name}" for name in names if vars(args)[name] not in ("constant", 0)]

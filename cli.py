@@ -1,5 +1,5 @@
 """What all scripts share: argument types, devices, errors of one line, exit status. The arguments themselves
-are in each script.
+are in each script, those of train.py in arguments.py.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 
     def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {message}\n")

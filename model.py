@@ -289,6 +289,18 @@ class ConditionalVAE(VAE):
         if labels is None:
             raise ValueError("this model is conditional: give labels, the index of each image's class")
 
+    def sample_latents(self, n, labels=None, temperature=1.0, generator=None, fitted=False):
+        self.check(labels)
+        return super().sample_latents(n, labels, temperature, generator, fitted)
+
+    def to_base(self, z, labels=None):
+        self.check(labels)
+        return super().to_base(z, labels)
+
+    def from_base(self, base, labels=None):
+        self.check(labels)
+        return super().from_base(base, labels)
+
     def encoder_input(self, images, labels):
         self.check(labels)
         planes = self.class_image(labels).view(-1, 1, *self.shape[1:])

@@ -76,7 +76,8 @@ class Subject:
     def class_file_names(self):
         """The names of the classes for files; different ones, also where signs had to be replaced"""
         names = [re.sub(r"[^\w-]+", "_", name) for name in self.about["classes"]]
-        return [name if names.count(name) == 1 else f"{name}_{label}" for label, name in enumerate(names)]
+        alike = len(set(names)) < len(names)
+        return [f"{name}_{label}" if alike else name for label, name in enumerate(names)]
 
     def few_classes(self, picture, most=32):
         """The first of `classes`, int64 [n]; a line says how many are left out of a picture."""

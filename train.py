@@ -198,6 +198,9 @@ def run(args, data, checkpoint, signals):
                 # writes both again.
                 saver.save(*["best.pt", "last.pt"] if improved else ["last.pt"])
                 print_epoch(row, args, improved)
+            resumed_here = checkpoint and state.step == checkpoint["step"]
+            if resumed_here and checkpoint["args"]["epochs"] != args.epochs:
+                saver.save("last.pt")  # --epochs ends the run where it stands
             best_epoch = fit_best(state, data, args, checkpoints / "best.pt", saver.after_step)
             test = {"epoch": best_epoch, **test_best(state.evaluated, data, args, saver.after_step)}
         except FloatingPointError:
@@ -450,7 +453,7 @@ def print_start(args, data, state):
     steps = steps_per_epoch(data, args)
     if steps < 10 and not state.step:
         say(f"an epoch is only {steps} step{'s' * (steps > 1)}: the model may learn more with --batch_size "
-            f"{max(1, len(data.train) // 20)} and --epochs {max(args.epochs, 1000 // max(20, steps))}")
+            f"{max(1, len(data.train) // 20)} and --epochs {max(args.epochs, 50)}")
     if args.recon_loss == "categorical" and data.levels == 256:
         say("--recon_loss categorical computes a softmax of 256 levels at each pixel, which takes many times "
             "as long as --recon_loss logistic")

@@ -10,7 +10,7 @@ import arguments
 import runs
 import train
 import training_state
-from tests.conftest import fit, outcome
+from tests.conftest import fit, outcome, stop_at
 
 
 def test_a_run_goes_on_where_its_dataset_was_moved_and_from_another_folder(folder, workplace, monkeypatch,
@@ -55,10 +55,15 @@ def test_a_copied_run_leaves_the_original_alone(folder, workplace, capsys):
     assert len(Path("results/backup/metrics.csv").read_text().splitlines()) == 3
 
 
-def test_epochs_cannot_grow_under_a_schedule(folder, workplace, capsys):
+def test_epochs_cannot_change_under_a_schedule(folder, workplace, capsys, monkeypatch):
     fit(folder, "--beta_mode=linear")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
     assert status == 2 and "--beta_mode" in error
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 12 + 3)
+        fit(folder, "--beta_mode=linear", epochs=4)
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
+    assert status == 2 and "must be 4, because --beta_mode" in error
     fit(folder, "--lr_schedule=cosine")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
     assert status == 2 and "--lr_schedule" in error

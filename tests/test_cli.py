@@ -82,7 +82,8 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--epochs 0", "--epochs"), ("--epochs 1.5", "whole number"), ("--batch_size 0", "--batch_size"),
         ("--target_beta_val -1", "--target_beta_val: '-1'"), ("--target_beta_val inf", "finite"),
         ("--seed -1", "--seed"),
-        ("--conditionnal", "did you mean --conditional?"), ("--xyz", "arguments: --xyz"),
+        ("--conditionnal", "did you mean --conditional?"),
+        ("--lr-schedule cosine", "did you mean --lr_schedule?"), ("--xyz", "arguments: --xyz\n"),
         ("--grad_clip -1", "--grad_clip"), ("--levels 3", "--levels"), ("--hidden_dims 0", "--hidden_dims"),
         ("--hidden_dims 64 x", "--hidden_dims"), ("--free_bits -1", "--free_bits"), ("--limit 0", "--limit"),
         ("--beta_mode cosine", "'cyclical'"), ("--dataset nosuch", "glyphs, mnist, fashion_mnist, kmnist, "

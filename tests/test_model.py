@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import distributions as D
 
+import distributions
 import model
 import networks
 import randomness
@@ -283,9 +284,14 @@ def test_one_wild_output_of_the_encoder_does_not_make_the_kl_explode():
     assert net.encode(images)[1].eq(2).all()
 
 
-def test_a_conditional_model_asks_for_its_labels():
-    net = model.ConditionalVAE((1, 9, 8), 2, "mlp", latent_size=3, hidden_dims=[8], num_classes=4)
+@pytest.mark.parametrize("prior", ["normal", "flow"])
+def test_a_conditional_model_asks_for_its_labels(prior):
+    net = model.ConditionalVAE((1, 9, 8), 2, "mlp", latent_size=3, hidden_dims=[8], num_classes=4,
+                               prior=prior)
+    net.fitted = distributions.fit_mixture(double(80, 3), torch.arange(80) % 4, 4)
     images = levels_like((1, 9, 8), 2)
-    for call in (lambda: net.sample(2), lambda: net.embed(images), lambda: net(images)):
+    for call in (lambda: net.sample(2), lambda: net.sample(2, fitted=True), lambda: net.sample_latents(2),
+                 lambda: net.to_base(torch.zeros(2, 3)), lambda: net.from_base(torch.zeros(2, 3)),
+                 lambda: net.embed(images), lambda: net(images)):
         with pytest.raises(ValueError, match="give labels"):
             call()

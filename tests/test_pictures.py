@@ -358,9 +358,9 @@ def test_classes_whose_names_are_alike_in_file_names_keep_their_pictures(workpla
         Image.fromarray(image).save(path)
     fit("images", "--conditional", "--latent_size=2", epochs=2)
     infer.main(["--temperature", "0.5", "--prior", "model"])
-    names = {"manifold___0.png", "manifold___1.png", "manifold_7.png"}
+    names = {"manifold___0.png", "manifold___1.png", "manifold_7_2.png"}
     assert {path.name for path in Path("results/run").glob("manifold*")} == names
-    with Image.open("results/run/manifold_7.png") as image:
+    with Image.open("results/run/manifold_7_2.png") as image:
         assert "percentiles of N(0, I) times 0.5 in the latent space, class 7" in image.info["Description"]
     page = Path("results/run/index.html").read_text()
     assert all(page.index(f'src="{name}"') < page.index("After each epoch") for name in names)

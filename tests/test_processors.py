@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cli
 import processors
 import runs
 import train
@@ -161,7 +162,12 @@ def test_threads_change_between_epochs_and_a_resumed_run_goes_on_with_them(folde
                        for name in ("whole", "run")))
 
 
-def test_the_users_number_of_threads_counts_when_a_run_goes_on(folder, workplace, capsys):
+@pytest.mark.parametrize("by_user", [True, False])
+def test_the_number_of_threads_that_the_user_or_the_machine_allows_counts_when_a_run_goes_on(
+        folder, workplace, capsys, monkeypatch, by_user):
+    monkeypatch.setattr(processors, "THREADS_CHOSEN", by_user)
+    monkeypatch.setattr(processors, "available", torch.get_num_threads)
+    monkeypatch.setattr(cli, "adapt_threads", lambda: None)
     fit(folder, epochs=1)
     checkpoint, chosen = runs.load_checkpoint(Path("checkpoints/run/last.pt")), torch.get_num_threads()
     assert checkpoint["threads"] == chosen

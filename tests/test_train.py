@@ -186,7 +186,7 @@ def test_what_a_run_says_at_its_start(folder, workplace, capsys):
     said = capsys.readouterr().out
     read = data.load(str(folder), workplace, limit=300)
     assert f"10 classes, with their training images: 0 ({int((read.train.labels == 0).sum())})" in said
-    assert "an epoch is only 2 steps: the model may learn more with --batch_size 15 and --epochs" in said
+    assert "an epoch is only 2 steps: the model may learn more with --batch_size 15 and --epochs 50" in said
     fit(folder, "--recon_loss=categorical", "--limit=10", epochs=1)
     assert "--recon_loss logistic" in capsys.readouterr().out
 
@@ -261,6 +261,9 @@ def test_fewer_epochs_end_a_stopped_run_as_if_asked_for_at_once(folder, workplac
     assert Path("results/run/test.json").read_bytes() == Path("results/short/test.json").read_bytes()
     short, stopped = (runs.load_checkpoint(f"checkpoints/{name}/best.pt") for name in ("short", "run"))
     assert same(short, stopped) and stopped["finished"] and stopped["args"]["epochs"] == 2
+    assert runs.load_checkpoint("checkpoints/run/last.pt")["args"]["epochs"] == 2
+    train.main(["--resume", "checkpoints/run/last.pt"])  # it is over, and stays so
+    assert Path("results/run/test.json").read_bytes() == Path("results/short/test.json").read_bytes()
 
 
 def test_several_seeds_go_on_where_they_were_stopped(folder, workplace, monkeypatch, capsys):
