@@ -239,7 +239,7 @@ def test_a_conditional_model_uses_the_class_in_encoder_and_decoder(kind):
     images = levels_like((1, 9, 21), 2, 1)
     a, b = torch.tensor([0]), torch.tensor([2])
     assert not torch.equal(net.embed(images, a), net.embed(images, b))
-    z = net.sample_latents(1)
+    z = net.sample_latents(1, a)
     assert not torch.equal(net.decode(z, a), net.decode(z, b))
 
 
