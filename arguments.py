@@ -109,7 +109,7 @@ def make_parser():
              "hardware supports it, or else fp32, since bf16 would be many times slower")
     add("--compile", action="store_true", help="use torch.compile")
     add("--progress_bar", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
-        help="(default: only on a terminal)")
+        help="show the progress of an epoch (default: only on a terminal)")
     add("--resume", type=Path, metavar="FILE",
         help="continue the run of this checkpoint, with its arguments (default: a new run)")
     add("--save_every", type=number(float, 0), default=60.0, metavar="SECONDS",

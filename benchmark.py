@@ -43,9 +43,9 @@ def parse_args(argv=None):
                     "by default --dataset mnist --levels 2 --latent_size 20 --hidden_dims 400, the MLP of "
                     "pytorch/examples.")
     parser.add_argument("--model", nargs="+", choices=list(NETWORKS), default=["mlp", "cnn"],
-                        help="(default: mlp cnn)")
+                        help="which networks (default: mlp cnn)")
     parser.add_argument("--batch_size", nargs="+", type=number(int, 1), default=[128, 512], metavar="N",
-                        help="(default: 128 512)")
+                        help="images in a step (default: 128 512)")
     parser.add_argument("--images", type=number(int, 1), default=12_800, metavar="N",
                         help="images in a pass")
     parser.add_argument("--repeats", type=number(int, 1), default=15, metavar="N",

@@ -25,18 +25,17 @@ class UserError(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors of one line (exit status 2), a default for each option in --help, and no
-    abbreviations.
-    """
+    """argparse with errors of one line (exit status 2), defaults in --help, and no abbreviations."""
 
     class Formatter(argparse.HelpFormatter):
         def __init__(self, prog):
             super().__init__(prog, max_help_position=32, width=100)
 
         def _get_help_string(self, action):
-            if "(default" in action.help or action.default is argparse.SUPPRESS:
+            unset = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+            if unset or "(default" in action.help:
                 return action.help
-            return f"{action.help} (default: {'off' if action.default is False else '%(default)s'})"
+            return f"{action.help} (default: %(default)s)"
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=self.Formatter,

@@ -123,14 +123,18 @@ def export(subject, split):
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Turn a checkpoint into pictures, or measure it, in results/<run>/.")
-    add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--ckpt", type=Path, nargs="*", metavar="FILE",
-        help="(default, also without a file: the newest checkpoints/**/best.pt)")
-    add("--results_dir", metavar="DIR", help="where pictures go (default: the --results_dir of the training)")
-    add("--dataset", metavar="PATH",
-        help="the folder or array file, if it was moved (default: as in training)")
-    add("--data_dir", "--data_folder", metavar="DIR",
-        help="where a named dataset is (default: as in training)")
+    parser.add_argument("--ckpt", type=Path, nargs="*", metavar="FILE",
+        help="which model (default, also without a file: the newest checkpoints/**/best.pt)")
+    mode = parser.add_argument_group("in place of pictures").add_mutually_exclusive_group()
+    mode.add_argument("--evaluate", action="store_true", help="measure the model on the test images")
+    mode.add_argument("--compare", action="store_true", help="one picture of several checkpoints")
+    mode.add_argument("--explore", action="store_true",
+                      help="open a window to move through the latent space by hand")
+    mode.add_argument("--export", action="store_true",
+                      help="write latents.csv and latents.npz: z, KL, loss and squared error of each image")
+    mode.add_argument("--export_samples", type=number(int, 1), metavar="N",
+                      help="write N samples as PNG files")
+    add = parser.add_argument_group("which samples and images").add_argument
     add("--images", type=Path, nargs="+", metavar="PATH",
         help="draw, or --export, these image files or folders in place of the test images; of two images "
              "also what lies between them")
@@ -143,19 +147,17 @@ def parse_args(argv=None):
         help="what samples are drawn from: the prior of training, or the mixture fitted to latents after it "
              "(default: fitted, where there is one)")
     add("--classes", nargs="+", metavar="NAME", help="of a conditional model: only these (default: all)")
-    mode.add_argument("--evaluate", action="store_true", help="measure the model on the test images")
-    mode.add_argument("--compare", action="store_true", help="one picture of several checkpoints")
-    mode.add_argument("--explore", action="store_true",
-                      help="open a window to move through the latent space by hand")
-    mode.add_argument("--export", action="store_true",
-                      help="write latents.csv and latents.npz: z, KL, loss and squared error of each image")
-    mode.add_argument("--export_samples", type=number(int, 1), metavar="N",
-                      help="write N samples as PNG files")
     add("--split", choices=("train", "val", "test"), default="test", help="with --export: which images")
     add("--iw_samples", type=number(int, 1), default=500, metavar="K",
         help="with --evaluate: latents per image for the likelihood")
     add("--limit", type=number(int, 1), metavar="N",
         help="with --evaluate: only a fixed random N of the test images (default: all)")
+    add = parser.add_argument_group("places and machine").add_argument
+    add("--results_dir", metavar="DIR", help="where pictures go (default: the --results_dir of the training)")
+    add("--dataset", metavar="PATH",
+        help="the folder or array file, if it was moved (default: as in training)")
+    add("--data_dir", "--data_folder", metavar="DIR",
+        help="where a named dataset is (default: as in training)")
     add("--seed", type=number(int, 0), default=1, metavar="N", help="of all random numbers")
     add("--device", type=device_type, default=default_device(), help="cpu, cuda or mps")
     args = parser.parse_args(argv)

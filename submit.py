@@ -26,12 +26,11 @@ def parse_args(argv=None):
     parser = ArgumentParser(description="Pack the code, a checkpoint and its run's pictures into a zip from "
                                         "which infer.py runs.")
     parser.add_argument("--ckpt", type=Path, nargs="?", metavar="FILE",
-                        help="(default, also without a file: the newest checkpoints/**/best.pt)")
+                        help="which model (default, also without a file: the newest checkpoints/**/best.pt)")
     parser.add_argument("--out", type=Path, default=Path("submission.zip"), metavar="FILE",
                         help="where the zip goes")
     parser.add_argument("--half", action="store_true",
-                        help="store weights in 16 bits: half the size, and no visible difference in pictures "
-                             "(default: 32 bits)")
+                        help="store weights in 16 bits: half the size, and no visible difference in pictures")
     args = parser.parse_args(argv)
     args.newest = args.ckpt is None
     args.ckpt = find_checkpoint(parser, args.ckpt)
