@@ -453,6 +453,8 @@ def compare(subjects, args):
     runs = [subject.trained["log_dir"] for subject in subjects]
     for figure, values in [("", runs), *((name, [column[3][name] for column in columns]) for name in known)]:
         print(f"{figure:20s}", *(f"{value:>{max(12, len(run))}s}" for run, value in zip(runs, values)))
+    if "recon_loss" in differing:
+        print("val reconstruction is of different losses and cannot be compared; the test squared error can")
     print(path)
 
 

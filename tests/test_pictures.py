@@ -180,8 +180,10 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
         infer.main(["--compare", "--ckpt", files[0], files[2]])
         assert "frechet distance" not in drawn["compare"][2][0][3]
     Path("results/run/evaluation.json").write_text(json.dumps(measured))
+    capsys.readouterr()
     infer.main(["--compare", "--prior=model", "--ckpt", *files[:2]])
     assert drawn["compare"][2][0][3]["frechet distance"] == "9.25"
+    assert "different losses" not in capsys.readouterr().out
     infer.main(["--compare", "--ckpt", *files])
     captions = [column[0][1:] for column in drawn["compare"][2]]
     assert captions == [[f"latent_size {size}", f"loss_mode {mode}", f"recon_loss {loss}", f"seed {seed}"]
@@ -210,6 +212,7 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
         assert image.width > 900
     said = capsys.readouterr().out.splitlines()
     assert ["run", "run", "run"] in map(str.split, said) and any("parameters" in line for line in said)
+    assert any("different losses" in line for line in said)  # a Gaussian's and a squared error
     infer.main(["--evaluate", "--ckpt", *files])
     said = capsys.readouterr().out
     assert said.count("squared_error") == 2 * 3 and "±" not in said  # no mean of different models
