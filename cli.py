@@ -45,9 +45,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        message += f"; did you mean {near[0]}?" if near else ""
+        message += did_you_mean(unknown[1], self._option_string_actions) if unknown else ""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def did_you_mean(word, known):
+    """A question about the known word that is most like a misspelt one, to end a message; "" if none is"""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 # ------------------------------------------------------------------------------------------------------------

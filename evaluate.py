@@ -23,6 +23,18 @@ METRICS = ("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples", 
 
 COUNTS = ("iw_samples", "images", "samples_judged", "train_images_judged")
 WIDTH = 29  # of names in print_metrics
+WORDS = {"neg_elbo": "nats per image, lower is better", "rec": "the loss of reconstructions",
+         "kl": "nats", "bpd": "bits/dim",
+         "iw_nll": "−log p(x), nats per image, lower is better", "iw_nll_se": "its standard error",
+         "iw_samples": "latents per image", "active_units": "latent dimensions in use",
+         "squared_error": "of reconstructions, on [0, 1]", "psnr": "of reconstructions, dB, higher is better",
+         "pca_squared_error": "of the best linear autoencoder", "images": "of the test",
+         "frechet_distance": "of samples from test images, lower is better",
+         "precision": "samples that are near test images", "recall": "test images that are near samples",
+         "density": "test images around a sample", "coverage": "test images with a sample nearby",
+         "class_accuracy": "samples seen as the class asked for",
+         "frechet_floor": "the distance of unseen training images",
+         "judge_accuracy": "of the classifier in whose features samples are compared"}
 
 
 def evaluate(model, data, args):
@@ -138,12 +150,14 @@ def print_metrics(measured):
         values = [figures[name] for figures in measured if figures[name] is not None]
         if not values:
             continue
-        if len(values) > 1 and isinstance(values[0], float | int) and name not in COUNTS:
-            print(f"{name:{WIDTH}s} {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}")
+        value = values[0]
+        if len(values) > 1 and isinstance(value, float | int) and name not in COUNTS:
+            shown = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
         else:
-            value = values[0]
-            print(f"{name:{WIDTH}s}", f"{value:.4f}" if isinstance(value, float) else
-                  f"{value:,}" if isinstance(value, int) else value)
+            shown = f"{value:.4f}" if isinstance(value, float) else \
+                f"{value:,}" if isinstance(value, int) else value
+        words = "the same from N(0, I)" if name.endswith("_model_prior") else WORDS.get(name, "")
+        print(f"{name:{WIDTH}s} {shown:18s} {words}".rstrip())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -178,6 +192,8 @@ def evaluate_samples(model, data, grey, args, folder):
         print("no figures of samples: " + ("the judge of samples needs classes" if len(data.classes) < 2 else
                                            f"{n:,} test images are too few, {FEWEST:,} are the least"))
         return figures
+    if n < min(len(data.test), 10_000):
+        print(f"figures of samples depend on their number: compare these only with others of {n:,} images")
     grey = grey()
     judge, half = cached_judge(grey, len(data.classes), folder), len(grey.train) // 2
     other = slice(half, half + n)

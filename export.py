@@ -16,8 +16,8 @@ from randomness import stream
 from runs import atomic_write, describe_checkpoint
 
 
-def export_latents(model, split, classes, args, folder):
-    """Write latents.npz and latents.csv: a row for each image, see evaluate.each_image.
+def export_latents(model, split, classes, args, path):
+    """Write path.npz and path.csv: a row for each image, see evaluate.each_image.
 
     classes: names of the labels, possibly none
     """
@@ -28,7 +28,7 @@ def export_latents(model, split, classes, args, folder):
                "label": np.array([classes[label] if classes else "" for label in labels], str), **figures}
     buffer = io.BytesIO()
     np.savez(buffer, **columns)
-    atomic_write(folder / "latents.npz", buffer.getvalue())
+    atomic_write(path.with_suffix(".npz"), buffer.getvalue())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     flat = {}  # z becomes z1, z2, …, behind the single numbers
@@ -38,8 +38,8 @@ def export_latents(model, split, classes, args, folder):
     writer.writerow(flat)
     for row in zip(*flat.values()):
         writer.writerow([f"{value:.6g}" if isinstance(value, np.floating) else value for value in row])
-    atomic_write(folder / "latents.csv", text.getvalue().encode())
-    print(f"{folder / 'latents.csv'}: {len(split):,} images; {folder / 'latents.npz'}: the same for NumPy")
+    atomic_write(path.with_suffix(".csv"), text.getvalue().encode())
+    print(f"{path}.csv: {len(split):,} images; {path}.npz: the same for NumPy")
 
 
 def export_samples(subject, n):
@@ -83,8 +83,11 @@ pre { background: #f4f4f4; padding: 0.7rem; white-space: pre-wrap; }
 FIRST = ("samples", "classes", "manifold", "reconstructions", "curves")  # pictures at the top of the page
 
 
-def write_page(folder, path, checkpoint):
-    """index.html: the command, the figures, the pictures in the folder with their captions, the arguments."""
+def write_page(subject):
+    """Write index.html: the command, the figures, the pictures in the folder with their captions, the
+    arguments → its path
+    """
+    folder, checkpoint = subject.folder, subject.checkpoint
     run = checkpoint["args"]["log_dir"]
     def place(picture):
         return next((i for i, name in enumerate(FIRST) if picture.name.startswith(name)), len(FIRST))
@@ -98,7 +101,8 @@ def write_page(folder, path, checkpoint):
             figures |= {key: value for key, value in found.items() if value is not None and key != "ckpt"}
         except (OSError, ValueError, AttributeError):  # not measured, or damaged
             pass
-    parts = [f"<h1>{html.escape(run)}</h1>", f"<p>{html.escape(describe_checkpoint(path, checkpoint))}</p>",
+    about = describe_checkpoint(subject.path, checkpoint)
+    parts = [f"<h1>{html.escape(run)}</h1>", f"<p>{html.escape(about)}</p>",
              f"<pre>{html.escape(checkpoint['args']['command'])}</pre>"]
     if figures:
         parts += ["<h2>Figures</h2>", table({key: f"{value:.4f}" if isinstance(value, float) else value
@@ -114,7 +118,7 @@ def write_page(folder, path, checkpoint):
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n")
     atomic_write(folder / "index.html", page.encode())
-    print(folder / "index.html")
+    return folder / "index.html"
 
 
 def table(rows):

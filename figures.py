@@ -81,7 +81,7 @@ def draw_curves(history, path):
 
 
 def draw_metric(axis, history, key, title):
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator
     epochs = [row["epoch"] for row in history]
     best = min(history, key=lambda row: row["val_loss"])["epoch"]
     curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
@@ -94,6 +94,8 @@ def draw_metric(axis, history, key, title):
     values = [row[prefix + key] for row in history for prefix in curves]
     if 0 < 10 * min(values) < max(values):  # with annealing, the KL of the first epoch would hide the rest
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(LogFormatter())  # the default formatter writes TeX, which is off
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
     elif len(history) > 3:  # a first epoch far above the others would press these into a line
         later = [row[prefix + key] for row in history[1:] for prefix in curves]
         low, high = min(later), max(later)
@@ -104,7 +106,7 @@ def draw_metric(axis, history, key, title):
         axis.set_ylabel("nats per image" if key == "kl" or "val_bpd" in history[0] else "per image")
     if key == "beta":
         axis.set_ylim(bottom=0)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.legend()
 
 

@@ -568,21 +568,20 @@ def check_sizes(root, writer):
 
 def read_paths(paths, shape, transform, value_range, untyped):
     """Image files and folders of them, brought to a shape (C, H, W) → uint8 [N, C, H, W], names of the files,
-    bytes [N]. Raises UserError if one cannot be read.
+    bytes [N], labels [N], and their names: of the folders that are the classes, "" for images outside of
+    such. Raises UserError if one cannot be read.
 
     untyped: the value range of numbers whose type has none
     """
-    files, images, names, said = [], [], [], []
+    files, images, names, labels, said = [], [], [], [], []
     for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = [file for part in list_images(path, said).values() for file in part]
-        if not found:
+        by_class = list_images(path, said) if path.is_dir() else {"": [path]}
+        if not by_class:
             raise UserError(f"{printable(path)} holds no images that can be read")
-        files += found
+        files += [(file, name) for name, part in by_class.items() for file in part]
+    classes = list(dict.fromkeys(name for _, name in files))
     found = Found(untyped)
-    for path in files:
+    for path, label in files:
         try:
             if path.suffix.lower() == ".npz":
                 raise ValueError("it may hold many arrays; save one of them as .npy")
@@ -595,6 +594,7 @@ def read_paths(paths, shape, transform, value_range, untyped):
         except Exception as error:  # a damaged file may raise anything
             raise UserError(f"{printable(path)} cannot be read ({one_line(error)})")
         images += read
+        labels += [classes.index(label)] * len(read)
         names += [printable(path) + (f"#{page}" if len(read) > 1 else "") for page in range(len(read))]
     for line in [*said, *found.lines(value_range)]:
         print(line, file=sys.stderr)
@@ -603,7 +603,7 @@ def read_paths(paths, shape, transform, value_range, untyped):
     if transform == "none" and shape[0] == 1:
         transform = "grayscale"
     return colour if transform == "none" else grayscale(colour, transform), np.array(
-        [name.encode() for name in names], "S")
+        [name.encode() for name in names], "S"), np.array(labels, np.int64), classes
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import torch
 
 import cli
 import figures
+import runs
 from cli import ArgumentParser, UserError, default_device, device_type, number, one_line, run_script
 from data import dataset_problem, load, own_images
 from datasets import DATASETS
-from distributions import Mixture
+from distributions import Mixture, StandardNormal
 from evaluate import evaluate, evaluate_samples, print_metrics
 from export import export_latents, export_samples, write_page
 from model import build
@@ -52,6 +53,9 @@ def draw(subject):
     out.
     """
     subject.folder.mkdir(parents=True, exist_ok=True)
+    if runs.is_unfinished(subject.checkpoint) and subject.prior_name == StandardNormal.description:
+        print("the run is unfinished, and no mixture is fitted to its latents yet: samples are drawn from "
+              "N(0, I), and look worse")
     left_out = []
     for name in subject.args.only or PICTURES:
         if name in NEED_DATA and not subject.data:
@@ -61,7 +65,7 @@ def draw(subject):
         else:
             reason = PICTURES[name](subject)
         left_out += [f"left out {name}: {reason}"] * bool(reason)
-    write_page(subject.folder, subject.path, subject.checkpoint)
+    print(f"open {write_page(subject)} to see them all")
     if subject.args.only and left_out:
         raise UserError("; ".join(left_out))
     if subject.data and not len(subject.shuffled("any")):
@@ -92,6 +96,7 @@ def measure(subjects):
                           **measured[-1]})
         print(path)
         print_metrics(measured[-1:])
+        write_page(subject)
         if measured[-1]["iw_nll"] is None and subject.model.prior is not None:
             print(f"no NLL: {subject.trained['recon_loss']} is no likelihood of discrete pixels; train with "
                   f"--recon_loss {'bce' if subject.about['levels'] == 2 else 'logistic'}")
@@ -105,17 +110,26 @@ def measure(subjects):
         print_metrics(measured)
 
 
-def export(subject, split):
-    """Write latents.csv and latents.npz. Raises UserError if a conditional model needs a class for images."""
+def export(subject, split, own_classes):
+    """Write the numbers of each image of a split, or of --images, whose labels are of own_classes. Raises
+    UserError if a conditional model needs a class for these.
+    """
     classes = subject.about["classes"]
-    if subject.args.images:
-        classes = classes if subject.conditional else []
-        if subject.conditional and len(subject.classes) > 1:
-            raise UserError("--export: the model is conditional; --classes names the class of these images")
-        if subject.conditional:
+    if subject.args.images and subject.conditional:
+        if len(subject.classes) == 1:
             split.labels[:] = subject.classes
+        elif not subject.args.classes and set(own_classes) <= set(classes):
+            number = torch.tensor([classes.index(name) for name in own_classes]).to(split.labels)
+            split.labels = number[split.labels]
+        else:
+            raise UserError("--export: the model is conditional; --classes names the class of these images, "
+                            "if they are not in folders with the names of its classes")
+    elif subject.args.images:
+        classes = own_classes
     subject.folder.mkdir(parents=True, exist_ok=True)
-    export_latents(subject.model, split, classes, subject.args, subject.folder)
+    part = "images" if subject.args.images else subject.args.split
+    export_latents(subject.model, split, classes, subject.args,
+                   subject.folder / ("latents" if part == "test" else f"latents_{part}"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -186,7 +200,8 @@ def check_args(parser, args):
     args.only = args.only and args.only.split(",")
     for name in args.only or ():
         if name not in PICTURES:
-            parser.error(f"argument --only: {name!r} is none of {', '.join(PICTURES)}")
+            parser.error(f"argument --only: {name!r} is none of {', '.join(PICTURES)}"
+                         + cli.did_you_mean(name, PICTURES))
     if args.dataset and dataset_problem(args.dataset):
         parser.error(f"argument --dataset: {dataset_problem(args.dataset)}")
     if args.compare and len(args.ckpt or ()) < 2:
@@ -253,16 +268,17 @@ def main(argv=None):
         measure(subjects)
     elif args.images or args.export:
         subject = subjects[0]
-        split = own_images(args.images, subject.about, subject.trained["transform"],
-                           subject.trained["value_range"], args.device) if args.images else \
-            getattr(subject.data, args.split)
+        split, own_classes = own_images(
+            args.images, subject.about, subject.trained["transform"], subject.trained["value_range"],
+            args.device) if args.images else (getattr(subject.data, args.split), None)
         if args.images:
             shape, levels = "x".join(map(str, subject.about["shape"])), subject.about["levels"]
             print(f"--images: {len(split):,}, brought to {shape} pixels of {levels} levels, as in training")
         if args.export:
-            export(subject, split)
+            export(subject, split, own_classes)
         else:
             draw_images(subject, split)
+            write_page(subject)
     elif args.export_samples:
         export_samples(subjects[0], args.export_samples)
     elif args.explore:

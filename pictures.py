@@ -447,7 +447,7 @@ def compare(subjects, args):
     names = "_and_".join(re.sub(r"[^\w.-]+", "_", subject.trained["log_dir"]) for subject in subjects)
     path = Path(args.results_dir or subjects[0].trained["results_dir"], "compare", f"{names[:200]}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    priors = sorted({subject.prior_name for subject in subjects}, key=len)
+    priors = dict.fromkeys(subject.prior_name for subject in subjects)
     figures.compare(path, f"samples from {' or '.join(priors)}; test images, the reconstruction below each",
                     columns)
     runs = [subject.trained["log_dir"] for subject in subjects]

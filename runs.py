@@ -30,7 +30,7 @@ HOW_TO_GO_ON = "take another name, --resume its last.pt (if it was saved at all)
                "--overwrite to start it anew"
 FILES = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png",
          "samples*.png", "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png",
-         "latents.*", "units.png", "traversals.png", "nearest.png", "images*.png", "progress.gif",
+         "latents*.*", "units.png", "traversals.png", "nearest.png", "images*.png", "progress.gif",
          "index.html", "last.pt", "best.pt", "*.tmp")
 
 
@@ -193,13 +193,17 @@ def save_checkpoint(path, checkpoint):
 
 
 def find_checkpoint(parser, path):
-    """The file that --ckpt names; without it the newest checkpoints/**/best.pt. Exit if there is none."""
+    """The file that --ckpt names, or the best.pt of the folder that it names; without it the newest
+    checkpoints/**/best.pt. Exit if there is none.
+    """
     if path is None:
         found = sorted(Path("checkpoints").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
             parser.error("argument --ckpt: there is no checkpoints/**/best.pt here; train one with python "
                          "train.py")
         path = found[-1]
+    if (path / "best.pt").is_file():
+        path = path / "best.pt"
     if not path.is_file():
         parser.error(f"argument --ckpt: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
                      "only a file such as checkpoints/NAME/best.pt")

@@ -64,6 +64,9 @@ def contents(ckpt, half=False):
     if metrics.is_file() and metrics.read_bytes().startswith(csv_bytes(COLUMNS, checkpoint["history"])):
         for path in [path for pattern in RESULTS for path in results.glob(pattern)]:
             files[f"results/{run}/{path.name}"] = path.read_bytes()
+        if f"results/{run}/samples.png" not in files:
+            print(f"{results} holds no samples.png yet: python infer.py --ckpt {ckpt} makes the pictures",
+                  file=sys.stderr)
     else:
         print(f"{results} is not there, or of another run than {ckpt}: packed without pictures",
               file=sys.stderr)

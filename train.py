@@ -197,7 +197,7 @@ def run(args, data, checkpoint, signals):
                 # In this order: after a kill between the two files, the run goes on from the old last.pt and
                 # writes both again.
                 saver.save(*["best.pt", "last.pt"] if improved else ["last.pt"])
-                print_epoch(row, args, improved)
+                print_epoch(row, args, state.history)
             resumed_here = checkpoint and state.step == checkpoint["step"]
             if resumed_here and checkpoint["args"]["epochs"] != args.epochs:
                 saver.save("last.pt")  # --epochs ends the run where it stands
@@ -444,7 +444,11 @@ def print_start(args, data, state):
         f"{'x'.join(map(str, data.shape))} pixels of {data.levels} levels, "
         f"{' + '.join(f'{n:,}' for n in data.about()['images'])} images, {args.device}, {args.precision}, "
         + (f"{WORLD} processes" if WORLD > 1 else f"threads: {torch.get_num_threads()}")
-        + (f"; goes on after step {state.step:,}" if state.step else ""))
+        + (f"; goes on after step {state.step:,}" if state.step and state.epoch < args.epochs else ""))
+    if state.epoch == args.epochs:
+        dropped = state.step - state.epoch * steps_per_epoch(data, args)
+        say(f"all {args.epochs} epochs are done"
+            + f", without the {dropped:,} steps of the next one" * (dropped > 0) + "; this ends the run")
     if data.classes:
         counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
         named = [f"{name} ({count:,})" for name, count in zip(data.classes[:5], counts)]
@@ -454,18 +458,26 @@ def print_start(args, data, state):
     if steps < 10 and not state.step:
         say(f"an epoch is only {steps} step{'s' * (steps > 1)}: the model may learn more with --batch_size "
             f"{max(1, len(data.train) // 20)} and --epochs {max(args.epochs, 50)}")
+    if args.beta_mode != "constant" and args.loss_mode == "vae":
+        betas = [beta_at(epoch, args) for epoch in range(args.epochs)]
+        say(f"beta goes from {betas[0]:.3g} to {betas[-1]:.3g} in the last epoch (--beta_mode "
+            f"{args.beta_mode}); every loss below is at the target beta, {args.target_beta_val:g}")
     if args.recon_loss == "categorical" and data.levels == 256:
         say("--recon_loss categorical computes a softmax of 256 levels at each pixel, which takes many times "
             "as long as --recon_loss logistic")
 
 
-def print_epoch(row, args, improved):
+def print_epoch(row, args, history):
     beta = f"beta {row['beta']:.3g} | " if args.loss_mode == "vae" else ""
     epoch = f"{row['epoch']:>{len(str(args.epochs))}}/{args.epochs}"
     seconds = (args.epochs - row["epoch"]) * row["seconds"]
     left = f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
+    best = min(history, key=lambda row: row["val_loss"])["epoch"]
     say(f"epoch {epoch} | {beta}train {describe(row, 'train_')} | val {describe(row, 'val_')} | "
-        f"{row['seconds']:.1f} s{left if seconds else ''}{', best so far' if improved else ''}")
+        f"{row['seconds']:.1f} s{left if seconds else ''}{', best so far' if best == row['epoch'] else ''}")
+    if row["epoch"] - best == 10 and row["epoch"] < args.epochs:
+        say(f"the validation loss has not fallen for 10 epochs; best.pt keeps epoch {best}"
+            + "; Ctrl-C, and then --resume with --epochs, ends the run early" * (not scheduled(args)))
 
 
 def print_test(test, args, ratio, steps):
@@ -473,7 +485,8 @@ def print_test(test, args, ratio, steps):
 
     ratio: as error_ratio returns it; steps: of an epoch
     """
-    say(f"best epoch {test['epoch']} on the test images: " + describe(test, "test_"))
+    say(f"test images, by epoch {test['epoch']}, which has the lowest validation loss: "
+        + describe(test, "test_"))
     active = test.get("active_units")
     if args.loss_mode == "vae":
         say("active units: " + ("not known from so few test images" if active is None else

@@ -83,6 +83,7 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--target_beta_val -1", "--target_beta_val: '-1'"), ("--target_beta_val inf", "finite"),
         ("--seed -1", "--seed"),
         ("--conditionnal", "did you mean --conditional?"),
+        ("--dataset mnits", "did you mean mnist?"),
         ("--lr-schedule cosine", "did you mean --lr_schedule?"), ("--xyz", "arguments: --xyz\n"),
         ("--grad_clip -1", "--grad_clip"), ("--levels 3", "--levels"), ("--hidden_dims 0", "--hidden_dims"),
         ("--hidden_dims 64 x", "--hidden_dims"), ("--free_bits -1", "--free_bits"), ("--limit 0", "--limit"),
@@ -116,6 +117,7 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--iw_samples 50", "with --evaluate"), ("--evaluate --only samples", "not with --evaluate"),
         ("--compare --num_samples 9", "not with --compare"), ("--dataset nosuch", "nor a folder"),
         ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"),
+        ("--only sample", "did you mean samples?"),
         ("--seed x", "--seed")])]
 
 BAD_FOLDERS = {  # what is in it → what the line says

@@ -68,8 +68,8 @@ def test_several_models_are_measured_at_once_and_one_with_a_flow_prior_is_drawn(
     found = [json.loads(Path(f"results/run/seed_{seed}/evaluation.json").read_text()) for seed in (1, 2)]
     for name in ("neg_elbo", "kl", "iw_nll", "active_units"):
         values = [measured[name] for measured in found]
-        assert said[name] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
-    assert found[0]["neg_elbo"] != found[1]["neg_elbo"] and said["iw_samples"] == "20"
+        assert said[name].startswith(f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} ")
+    assert found[0]["neg_elbo"] != found[1]["neg_elbo"] and said["iw_samples"].split()[0] == "20"
     for measured, seed in zip(found, (1, 2)):
         test = json.loads(Path(f"results/run/seed_{seed}/test.json").read_text())
         assert measured["neg_elbo"] == pytest.approx(test["test_loss"], rel=0.01)  # of 20 latents and of one

@@ -25,7 +25,7 @@ def test_latents_of_each_image(folder, workplace, capsys, flags):
     net, checkpoint = infer.restore("checkpoints/run/best.pt")
     read = data.load(str(folder), "data", levels=checkpoint["data"]["levels"])
     images, labels = read.val.batch(torch.arange(40))
-    found = np.load("results/run/latents.npz", allow_pickle=False)
+    found = np.load("results/run/latents_val.npz", allow_pickle=False)
     z = net.embed(images, labels)
     torch.testing.assert_close(torch.from_numpy(found["z"]), z)
     assert [int(name) for name in found["label"]] == labels.tolist()
@@ -46,7 +46,7 @@ def test_latents_of_each_image(folder, workplace, capsys, flags):
         error = (rec + kl).std(1) * (1 / 16 + 1 / 500) ** 0.5  # of means over 16 draws and over 500
         assert (abs(found["loss"] - (rec + kl).mean(1)) < 5 * error + 1e-3).all()
         assert (abs(found["kl"] - kl.mean(1)) < 5 * kl.std(1) * (1 / 16 + 1 / 500) ** 0.5 + 1e-3).all()
-    with open("results/run/latents.csv", newline="") as file:
+    with open("results/run/latents_val.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 40 and [row["name"] for row in rows] == found["name"].tolist()
     for d in range(4):
@@ -61,15 +61,20 @@ def test_own_images_are_brought_to_the_models_size(folder, workplace, drawn, cap
         Path("mine").mkdir(exist_ok=True)
         large = Image.fromarray(image).convert("RGB").resize((56, 56), Image.Resampling.NEAREST)
         large.save(f"mine/{i}.webp", lossless=True)
-    split = data.own_images([Path("mine")], read.about())
+    split, _ = data.own_images([Path("mine")], read.about())
     given, own = pixels(read.test)[:2].int(), pixels(split).int()
     assert own.shape == (2, 1, 28, 28) and (own - given).abs().float().mean() < 12
     infer.main(["--images", "mine"])
     assert Path("results/run/images.png").exists() and len(drawn["labelled_grid"][2]) == 22
     infer.main(["--images", "mine/0.webp", "mine/1.webp", "mine/0.webp", "--export"])
-    found = np.load("results/run/latents.npz")
+    found = np.load("results/run/latents_images.npz")
     assert found["name"].tolist() == [f"mine/{i}.webp" for i in (0, 1, 0)]
     assert found["label"].tolist() == [""] * 3 and (found["z"][0] == found["z"][2]).all()
+    Path("mine/cats").mkdir(), Path("mine/dogs").mkdir()
+    Path("mine/0.webp").rename("mine/cats/0.webp"), Path("mine/1.webp").rename("mine/dogs/1.webp")
+    infer.main(["--images", "mine", "mine/cats/0.webp", "--export"])
+    again = np.load("results/run/latents_images.npz")
+    assert again["label"].tolist() == ["cats", "dogs", ""] and (again["z"] == found["z"]).all()
     Path("results/run/none").mkdir()
     for argv, status, said in ((["--images", "nowhere"], 2, "nowhere"),
                                (["--images", "results/run/none"], 1, "no images"),
@@ -85,16 +90,24 @@ def test_own_images_under_every_class(folder, workplace, drawn, capsys):
     infer.main(["--images", "a.png"])
     assert drawn["labelled_grid"][2].shape == (11, 1, 28, 28)
     net, checkpoint = infer.restore("checkpoints/run/best.pt")
-    levels = data.own_images([Path("a.png")], checkpoint["data"]).batch(torch.arange(1))[0]
+    levels = data.own_images([Path("a.png")], checkpoint["data"])[0].batch(torch.arange(1))[0]
     torch.testing.assert_close(drawn["labelled_grid"][2][4:5], net.reconstruct(levels, torch.tensor([3])))
     infer.main(["--images", "a.png", "b.png", "--classes", "3", "5"])
     assert drawn["labelled_grid"][4] == ["linear as 3", "spherical as 3", "linear as 5", "spherical as 5"]
     status, error = outcome(infer.main, ["--images", "a.png", "--export"], capsys)
     assert status == 1 and "--classes" in error
     infer.main(["--images", "a.png", "--export", "--classes", "5"])
-    found = np.load("results/run/latents.npz")
+    found = np.load("results/run/latents_images.npz")
     assert found["z"][0] == pytest.approx(net.embed(levels, torch.tensor([5]))[0].tolist())
     assert found["label"].tolist() == ["5"]
+    Path("mine/7").mkdir(parents=True), Path("a.png").rename("mine/7/a.png")
+    infer.main(["--images", "mine", "--export"])  # the folder is named as a class
+    found = np.load("results/run/latents_images.npz")
+    assert found["z"][0] == pytest.approx(net.embed(levels, torch.tensor([7]))[0].tolist())
+    assert found["label"].tolist() == ["7"]
+    Path("mine/7").rename("mine/seven")
+    status, error = outcome(infer.main, ["--images", "mine", "--export"], capsys)
+    assert status == 1 and "--classes" in error
 
 
 @pytest.mark.parametrize("flags", [["--levels=2"], ["--conditional"]], ids=str)
@@ -178,11 +191,11 @@ def test_own_images_are_read_as_those_of_the_training(workplace):
         np.save(f"floats/{i}.npy", scene * (200 if i else 1))
     read = data.load("floats", "data")
     assert read.untyped == [0, 255]
-    own = data.own_images([Path("floats/0.npy")], read.about())
+    own, _ = data.own_images([Path("floats/0.npy")], read.about())
     assert pixels(own).max() <= 1  # not stretched to 255
     for i in range(20):
         picture(Path("colour") / f"{i}.png", mode="RGB", seed=i)
     read = data.load("colour", "data", transform="grayscale3")
-    own = pixels(data.own_images([Path("colour/3.png")], read.about(), "grayscale3"))
+    own = pixels(data.own_images([Path("colour/3.png")], read.about(), "grayscale3")[0])
     assert any(torch.equal(own[0], image) for part in (read.train, read.val, read.test)
                for image in pixels(part))

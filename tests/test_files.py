@@ -330,7 +330,7 @@ def test_colour_of_16_bits_is_said_and_has_no_value_range(tmp_path, capsys):
 def test_three_grey_images_of_an_array_are_one_in_colour_and_it_is_said(tmp_path, capsys):
     array = np.random.default_rng(0).integers(0, 256, (3, 9, 10)).astype(np.uint8)
     np.save(tmp_path / "x.npy", array)
-    read, _ = files.read_paths([tmp_path / "x.npy"], (3, 9, 10), "none", None, None)
+    read, *_ = files.read_paths([tmp_path / "x.npy"], (3, 9, 10), "none", None, None)
     assert np.array_equal(read[0], array) and "1 images are arrays of 3 or 4" in capsys.readouterr().err
 
 

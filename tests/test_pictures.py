@@ -185,6 +185,7 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
     assert drawn["compare"][2][0][3]["frechet distance"] == "9.25"
     assert "different losses" not in capsys.readouterr().out
     infer.main(["--compare", "--ckpt", *files])
+    assert re.findall(r"mixture of (\d+)", drawn["compare"][1]) == ["16", "5", "8"]  # from left to right
     captions = [column[0][1:] for column in drawn["compare"][2]]
     assert captions == [[f"latent_size {size}", f"loss_mode {mode}", f"recon_loss {loss}", f"seed {seed}"]
                         for size, mode, loss, seed in ((2, "vae", "gaussian", 1), (6, "vae", "gaussian", 3),
@@ -316,12 +317,14 @@ def test_an_unfinished_run_is_said(folder, workplace, capsys, drawn):
     best = Path("checkpoints/run/best.pt")
     state = runs.load_checkpoint(best)
     assert state["finished"]
-    state["finished"], state["args"]["epochs"] = False, 3
+    state["finished"], state["args"]["epochs"], state["fitted"] = False, 3, None
     runs.save_checkpoint(best, state)
     capsys.readouterr()
     infer.main(["--only", "classes"])
     assert capsys.readouterr().out.splitlines()[0] == f"{best.as_posix()}: run run, epoch 1 of 3, unfinished"
     assert "unfinished, epoch 1" in drawn["labelled_grid"][1]
+    infer.main([])
+    assert "no mixture is fitted to its latents yet" in capsys.readouterr().out
 
 
 def test_of_many_classes_32_are_drawn(workplace, capsys, drawn):

@@ -189,6 +189,23 @@ def test_what_a_run_says_at_its_start(folder, workplace, capsys):
     assert "an epoch is only 2 steps: the model may learn more with --batch_size 15 and --epochs 50" in said
     fit(folder, "--recon_loss=categorical", "--limit=10", epochs=1)
     assert "--recon_loss logistic" in capsys.readouterr().out
+    fit(folder, "--beta_mode=linear", "--target_beta_val=0.9", "--limit=32", epochs=3)
+    said = capsys.readouterr().out
+    assert "beta goes from 0 to 0.6 in the last epoch" in said and "at the target beta, 0.9" in said
+
+
+def test_ten_epochs_without_a_better_one_are_said(folder, workplace, monkeypatch, capsys):
+    ranks, run_epoch = iter([3.0, 2.0, *[2.5] * 30]), train.run_epoch
+    monkeypatch.setattr(train, "run_epoch", lambda *args: {**run_epoch(*args), "val_loss": next(ranks)})
+    fit(folder, "--limit=32", epochs=14)
+    said = capsys.readouterr().out
+    assert said.count("has not fallen for 10 epochs; best.pt keeps epoch 2; Ctrl-C") == 1
+    assert said.index("epoch 12/14") < said.index("has not fallen") < said.index("epoch 13/14")
+    assert said.count("best so far") == 2
+    ranks = iter([2.0] * 30)
+    fit(folder, "--limit=32", "--lr_schedule=cosine", epochs=12)
+    said = capsys.readouterr().out
+    assert "best.pt keeps epoch 1\n" in said  # --epochs cannot be changed
 
 
 def test_free_bits_keep_the_kl_up(folder, workplace):
@@ -262,6 +279,7 @@ def test_fewer_epochs_end_a_stopped_run_as_if_asked_for_at_once(folder, workplac
     short, stopped = (runs.load_checkpoint(f"checkpoints/{name}/best.pt") for name in ("short", "run"))
     assert same(short, stopped) and stopped["finished"] and stopped["args"]["epochs"] == 2
     assert runs.load_checkpoint("checkpoints/run/last.pt")["args"]["epochs"] == 2
+    assert "without the 3 steps of the next one" in capsys.readouterr().out
     train.main(["--resume", "checkpoints/run/last.pt"])  # it is over, and stays so
     assert Path("results/run/test.json").read_bytes() == Path("results/short/test.json").read_bytes()
 
