@@ -146,7 +146,7 @@ def check_args(parser, args):
     """Exit if the arguments contradict each other, or name something that is not there or is taken."""
     problem = dataset_problem(args.dataset)
     if problem:
-        parser.error(f"argument --dataset: {problem}")
+        parser.error(f"argument --dataset: {problem}" + cli.did_you_mean(args.dataset, DATASETS))
     low, high = args.value_range or (0, 1)
     if args.value_range and (args.dataset in DATASETS or not 1e-30 < abs(high - low) < 1e30):
         parser.error(f"argument --value_range: {low:g} {high:g} " + (

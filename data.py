@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError, did_you_mean
+from cli import UserError
 from datasets import DATASETS, grayscale, read_glyphs, read_named, resize
 from files import ARRAYS, read_own, read_paths
 from randomness import stream, stream_seed
@@ -123,8 +123,7 @@ def dataset_problem(name):
     path = Path(name)
     if name in DATASETS or name and (path.is_dir() or path.is_file() and path.suffix.lower() in ARRAYS):
         return None
-    return (f"{name!r} is neither one of {', '.join(DATASETS)} nor a folder nor an array file (.npy, .npz)"
-            + did_you_mean(name, DATASETS))
+    return f"{name!r} is neither one of {', '.join(DATASETS)} nor a folder nor an array file (.npy, .npz)"
 
 
 def split(train, val, test, levels, limit, proportional):
@@ -183,11 +182,10 @@ def own_images(paths, about, transform="none", value_range=None, device="cpu"):
     """Image files, folders of them or .npy files of any size, as the images that a model was trained on.
 
     about: of these, as Data.about returns it
-    → a Split; the names of its labels: of the folders that are the classes, "" for images outside of such.
-    Raises UserError if one cannot be read.
+    → a Split; the names of its labels, see read_paths. Raises UserError if one cannot be read.
     """
     images, names, labels, classes = read_paths(paths, about["shape"], transform, value_range,
-                                                about.get("untyped"))
+                                                about.get("untyped"), about["classes"])
     return Split(torch.from_numpy(images), torch.arange(len(images)),
                  torch.from_numpy(labels).to(device), about["levels"], names=names), classes
 

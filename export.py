@@ -121,6 +121,12 @@ def write_page(subject):
     return folder / "index.html"
 
 
+def renew_page(subject):
+    """Write index.html again if there is one."""
+    if (subject.folder / "index.html").is_file():
+        print(write_page(subject))
+
+
 def table(rows):
     cells = [(name, " ".join(map(str, value)) if isinstance(value, list) else value)
              for name, value in rows.items()]

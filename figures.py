@@ -81,7 +81,7 @@ def draw_curves(history, path):
 
 
 def draw_metric(axis, history, key, title):
-    from matplotlib.ticker import LogFormatter, MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
     epochs = [row["epoch"] for row in history]
     best = min(history, key=lambda row: row["val_loss"])["epoch"]
     curves = {"": "beta"} if key == "beta" else {"train_": "train", "val_": "validation"}
@@ -92,10 +92,12 @@ def draw_metric(axis, history, key, title):
     axis.set(title=title, xlabel="epoch")
     axis.ticklabel_format(useOffset=False)
     values = [row[prefix + key] for row in history for prefix in curves]
-    if 0 < 10 * min(values) < max(values):  # with annealing, the KL of the first epoch would hide the rest
+    if key != "beta" and 0 < 10 * min(values) < max(values):
+        # with annealing, the KL of the first epoch would hide the rest
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(LogFormatter())  # the default formatter writes TeX, which is off
-        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")  # matplotlib's own for a log scale writes TeX, which is off
+        axis.yaxis.set_minor_formatter(NullFormatter())
     elif len(history) > 3:  # a first epoch far above the others would press these into a line
         later = [row[prefix + key] for row in history[1:] for prefix in curves]
         low, high = min(later), max(later)

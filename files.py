@@ -566,19 +566,22 @@ def check_sizes(root, writer):
                     f"high and {width} wide")
 
 
-def read_paths(paths, shape, transform, value_range, untyped):
+def read_paths(paths, shape, transform, value_range, untyped, known=()):
     """Image files and folders of them, brought to a shape (C, H, W) → uint8 [N, C, H, W], names of the files,
-    bytes [N], labels [N], and their names: of the folders that are the classes, "" for images outside of
-    such. Raises UserError if one cannot be read.
+    bytes [N], labels [N], and their names. An image has the class that a folder of training images would give
+    it, or else that of its folder's name if that is a known class, or else "". Raises UserError if one cannot
+    be read.
 
     untyped: the value range of numbers whose type has none
     """
     files, images, names, labels, said = [], [], [], [], []
     for path in paths:
-        by_class = list_images(path, said) if path.is_dir() else {"": [path]}
-        if not by_class:
+        splits, own = list_splits(path, said) if path.is_dir() else ([[(path, 0)]], [])
+        if not any(splits):
             raise UserError(f"{printable(path)} holds no images that can be read")
-        files += [(file, name) for name, part in by_class.items() for file in part]
+        for file, label in (item for part in splits for item in part):
+            folder = printable(file.resolve().parent.name)
+            files.append((file, own[label] if own else folder if folder in known else ""))
     classes = list(dict.fromkeys(name for _, name in files))
     found = Found(untyped)
     for path, label in files:

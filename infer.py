@@ -11,13 +11,12 @@ import torch
 
 import cli
 import figures
-import runs
 from cli import ArgumentParser, UserError, default_device, device_type, number, one_line, run_script
 from data import dataset_problem, load, own_images
 from datasets import DATASETS
-from distributions import Mixture, StandardNormal
+from distributions import Mixture
 from evaluate import evaluate, evaluate_samples, print_metrics
-from export import export_latents, export_samples, write_page
+from export import export_latents, export_samples, renew_page, write_page
 from model import build
 from pictures import NEED_DATA, PICTURES, Subject, compare, draw_images, explore
 from runs import describe_checkpoint, differing_arguments, find_checkpoint, load_checkpoint, write_json
@@ -53,9 +52,8 @@ def draw(subject):
     out.
     """
     subject.folder.mkdir(parents=True, exist_ok=True)
-    if runs.is_unfinished(subject.checkpoint) and subject.prior_name == StandardNormal.description:
-        print("the run is unfinished, and no mixture is fitted to its latents yet: samples are drawn from "
-              "N(0, I), and look worse")
+    if {"samples", "classes"} & set(subject.args.only or PICTURES):
+        warn_without_mixture(subject)
     left_out = []
     for name in subject.args.only or PICTURES:
         if name in NEED_DATA and not subject.data:
@@ -71,6 +69,14 @@ def draw(subject):
     if subject.data and not len(subject.shuffled("any")):
         print(f"no test image is of these classes, so without {', '.join(sorted(NEED_DATA))}",
               file=sys.stderr)
+
+
+def warn_without_mixture(subject):
+    prior = subject.model.prior
+    if subject.model.fitted is None and prior is not None and prior.wants_mixture \
+            and subject.args.prior != "model":
+        print("no mixture is fitted to the latents of this checkpoint (best.pt gets one when the run ends): "
+              "samples are drawn from N(0, I), and look worse", file=sys.stderr)
 
 
 def quality(subject):
@@ -96,7 +102,7 @@ def measure(subjects):
                           **measured[-1]})
         print(path)
         print_metrics(measured[-1:])
-        write_page(subject)
+        renew_page(subject)
         if measured[-1]["iw_nll"] is None and subject.model.prior is not None:
             print(f"no NLL: {subject.trained['recon_loss']} is no likelihood of discrete pixels; train with "
                   f"--recon_loss {'bce' if subject.about['levels'] == 2 else 'logistic'}")
@@ -138,7 +144,8 @@ def export(subject, split, own_classes):
 def parse_args(argv=None):
     parser = ArgumentParser(description="Turn a checkpoint into pictures, or measure it, in results/<run>/.")
     parser.add_argument("--ckpt", type=Path, nargs="*", metavar="FILE",
-        help="which model (default, also without a file: the newest checkpoints/**/best.pt)")
+        help="a checkpoint, or the folder of a best.pt (default, also without a name: the newest "
+             "checkpoints/**/best.pt)")
     mode = parser.add_argument_group("in place of pictures").add_mutually_exclusive_group()
     mode.add_argument("--evaluate", action="store_true", help="measure the model on the test images")
     mode.add_argument("--compare", action="store_true", help="one picture of several checkpoints")
@@ -203,7 +210,8 @@ def check_args(parser, args):
             parser.error(f"argument --only: {name!r} is none of {', '.join(PICTURES)}"
                          + cli.did_you_mean(name, PICTURES))
     if args.dataset and dataset_problem(args.dataset):
-        parser.error(f"argument --dataset: {dataset_problem(args.dataset)}")
+        parser.error(f"argument --dataset: {dataset_problem(args.dataset)}"
+                     + cli.did_you_mean(args.dataset, DATASETS))
     if args.compare and len(args.ckpt or ()) < 2:
         parser.error("argument --compare: goes with two or more checkpoints after --ckpt")
     if len(args.ckpt or ()) > 1 and chosen not in ("compare", "evaluate"):
@@ -278,8 +286,9 @@ def main(argv=None):
             export(subject, split, own_classes)
         else:
             draw_images(subject, split)
-            write_page(subject)
+            renew_page(subject)
     elif args.export_samples:
+        warn_without_mixture(subjects[0])
         export_samples(subjects[0], args.export_samples)
     elif args.explore:
         window = explore(subjects[0])  # kept, because its widgets live as long as it does

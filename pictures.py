@@ -453,8 +453,12 @@ def compare(subjects, args):
     runs = [subject.trained["log_dir"] for subject in subjects]
     for figure, values in [("", runs), *((name, [column[3][name] for column in columns]) for name in known)]:
         print(f"{figure:20s}", *(f"{value:>{max(12, len(run))}s}" for run, value in zip(runs, values)))
-    if "recon_loss" in differing:
-        print("val reconstruction is of different losses and cannot be compared; the test squared error can")
+    unlike = {"dataset", "value_range", "levels", "binarize", "image_size", "transform"} & set(differing)
+    if unlike:
+        print(f"figures of models with another --{', --'.join(sorted(unlike))} cannot be compared")
+    elif "recon_loss" in differing:
+        print("val reconstruction is of different losses and cannot be compared"
+              + "; the test squared error can" * ("test squared error" in known))
     print(path)
 
 

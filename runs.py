@@ -30,8 +30,8 @@ HOW_TO_GO_ON = "take another name, --resume its last.pt (if it was saved at all)
                "--overwrite to start it anew"
 FILES = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png",
          "samples*.png", "reconstructions*.png", "interpolations.png", "manifold*.png", "classes.png",
-         "latents*.*", "units.png", "traversals.png", "nearest.png", "images*.png", "progress.gif",
-         "index.html", "last.pt", "best.pt", "*.tmp")
+         "latents.*", "latents_train.*", "latents_val.*", "latents_images.*", "units.png", "traversals.png",
+         "nearest.png", "images*.png", "progress.gif", "index.html", "last.pt", "best.pt", "*.tmp")
 
 
 # arguments that do not change what is trained
@@ -206,7 +206,7 @@ def find_checkpoint(parser, path):
         path = path / "best.pt"
     if not path.is_file():
         parser.error(f"argument --ckpt: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
-                     "only a file such as checkpoints/NAME/best.pt")
+                     "only a file such as checkpoints/NAME/best.pt, or its folder")
     return path
 
 

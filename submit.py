@@ -1,6 +1,7 @@
 """A zip to hand in: the code, a checkpoint and its run's pictures: python submit.py"""
 
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,8 @@ def parse_args(argv=None):
     parser = ArgumentParser(description="Pack the code, a checkpoint and its run's pictures into a zip from "
                                         "which infer.py runs.")
     parser.add_argument("--ckpt", type=Path, nargs="?", metavar="FILE",
-                        help="which model (default, also without a file: the newest checkpoints/**/best.pt)")
+                        help="a checkpoint, or the folder of a best.pt (default: the newest "
+                             "checkpoints/**/best.pt)")
     parser.add_argument("--out", type=Path, default=Path("submission.zip"), metavar="FILE",
                         help="where the zip goes")
     parser.add_argument("--half", action="store_true",
@@ -65,8 +67,8 @@ def contents(ckpt, half=False):
         for path in [path for pattern in RESULTS for path in results.glob(pattern)]:
             files[f"results/{run}/{path.name}"] = path.read_bytes()
         if f"results/{run}/samples.png" not in files:
-            print(f"{results} holds no samples.png yet: python infer.py --ckpt {ckpt} makes the pictures",
-                  file=sys.stderr)
+            print(f"{results} holds no samples.png yet; to make the pictures: python infer.py --ckpt "
+                  + shlex.quote(Path(ckpt).as_posix()), file=sys.stderr)
     else:
         print(f"{results} is not there, or of another run than {ckpt}: packed without pictures",
               file=sys.stderr)

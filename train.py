@@ -197,7 +197,7 @@ def run(args, data, checkpoint, signals):
                 # In this order: after a kill between the two files, the run goes on from the old last.pt and
                 # writes both again.
                 saver.save(*["best.pt", "last.pt"] if improved else ["last.pt"])
-                print_epoch(row, args, state.history)
+                print_epoch(row, args, state)
             resumed_here = checkpoint and state.step == checkpoint["step"]
             if resumed_here and checkpoint["args"]["epochs"] != args.epochs:
                 saver.save("last.pt")  # --epochs ends the run where it stands
@@ -448,7 +448,10 @@ def print_start(args, data, state):
     if state.epoch == args.epochs:
         dropped = state.step - state.epoch * steps_per_epoch(data, args)
         say(f"all {args.epochs} epochs are done"
-            + f", without the {dropped:,} steps of the next one" * (dropped > 0) + "; this ends the run")
+            + f"; {dropped:,} step{'s' * (dropped > 1)} after them do not count" * (dropped > 0))
+    elif args.loss_mode == "vae" and args.beta_mode != "constant":
+        say(f"beta is 0 in the first epoch and {beta_at(args.epochs - 1, args):.3g} in the last "
+            f"(--beta_mode {args.beta_mode}); losses are printed at the target, {args.target_beta_val:g}")
     if data.classes:
         counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
         named = [f"{name} ({count:,})" for name, count in zip(data.classes[:5], counts)]
@@ -458,26 +461,21 @@ def print_start(args, data, state):
     if steps < 10 and not state.step:
         say(f"an epoch is only {steps} step{'s' * (steps > 1)}: the model may learn more with --batch_size "
             f"{max(1, len(data.train) // 20)} and --epochs {max(args.epochs, 50)}")
-    if args.beta_mode != "constant" and args.loss_mode == "vae":
-        betas = [beta_at(epoch, args) for epoch in range(args.epochs)]
-        say(f"beta goes from {betas[0]:.3g} to {betas[-1]:.3g} in the last epoch (--beta_mode "
-            f"{args.beta_mode}); every loss below is at the target beta, {args.target_beta_val:g}")
     if args.recon_loss == "categorical" and data.levels == 256:
         say("--recon_loss categorical computes a softmax of 256 levels at each pixel, which takes many times "
             "as long as --recon_loss logistic")
 
 
-def print_epoch(row, args, history):
+def print_epoch(row, args, state):
     beta = f"beta {row['beta']:.3g} | " if args.loss_mode == "vae" else ""
     epoch = f"{row['epoch']:>{len(str(args.epochs))}}/{args.epochs}"
     seconds = (args.epochs - row["epoch"]) * row["seconds"]
     left = f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
-    best = min(history, key=lambda row: row["val_loss"])["epoch"]
+    best = next(other["epoch"] for other in state.history if other["val_loss"] == state.best)
     say(f"epoch {epoch} | {beta}train {describe(row, 'train_')} | val {describe(row, 'val_')} | "
         f"{row['seconds']:.1f} s{left if seconds else ''}{', best so far' if best == row['epoch'] else ''}")
     if row["epoch"] - best == 10 and row["epoch"] < args.epochs:
-        say(f"the validation loss has not fallen for 10 epochs; best.pt keeps epoch {best}"
-            + "; Ctrl-C, and then --resume with --epochs, ends the run early" * (not scheduled(args)))
+        say(f"the validation loss has not fallen for 10 epochs; best.pt keeps epoch {best}")
 
 
 def print_test(test, args, ratio, steps):
@@ -485,8 +483,7 @@ def print_test(test, args, ratio, steps):
 
     ratio: as error_ratio returns it; steps: of an epoch
     """
-    say(f"test images, by epoch {test['epoch']}, which has the lowest validation loss: "
-        + describe(test, "test_"))
+    say(f"test images, by epoch {test['epoch']}, the best in validation: " + describe(test, "test_"))
     active = test.get("active_units")
     if args.loss_mode == "vae":
         say("active units: " + ("not known from so few test images" if active is None else

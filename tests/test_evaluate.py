@@ -101,6 +101,12 @@ def test_an_ae_is_measured_against_pca(folder, workplace):
     assert measured["kl"] is measured["iw_nll"] is measured["neg_elbo"] is None
 
 
+def test_each_figure_is_explained_in_words_that_any_console_can_show():
+    assert {*evaluate.METRICS, *evaluate.QUALITY, "frechet_floor", "judge_accuracy"} == set(evaluate.WORDS)
+    for words in evaluate.WORDS.values():
+        words.encode("cp1252")
+
+
 def test_the_frechet_distance_is_that_of_gaussians():
     x = double(500, 4)
     x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov(correction=0)),

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -70,11 +71,15 @@ def test_own_images_are_brought_to_the_models_size(folder, workplace, drawn, cap
     found = np.load("results/run/latents_images.npz")
     assert found["name"].tolist() == [f"mine/{i}.webp" for i in (0, 1, 0)]
     assert found["label"].tolist() == [""] * 3 and (found["z"][0] == found["z"][2]).all()
-    Path("mine/cats").mkdir(), Path("mine/dogs").mkdir()
-    Path("mine/0.webp").rename("mine/cats/0.webp"), Path("mine/1.webp").rename("mine/dogs/1.webp")
-    infer.main(["--images", "mine", "mine/cats/0.webp", "--export"])
+    Path("mine/cats").mkdir(), Path("mine/7").mkdir()
+    Path("mine/0.webp").rename("mine/cats/0.webp"), Path("mine/1.webp").rename("mine/7/1.webp")
+    infer.main(["--images", "mine/cats/0.webp", "mine/7", "mine", "--export"])
     again = np.load("results/run/latents_images.npz")
-    assert again["label"].tolist() == ["cats", "dogs", ""] and (again["z"] == found["z"]).all()
+    assert again["label"].tolist() == ["", "7", "7", "cats"]  # without folders only a class of the model
+    assert again["z"] == pytest.approx(found["z"][[0, 1, 1, 0]], abs=1e-5)
+    shutil.copytree("mine", "parts/train"), shutil.copytree("mine", "parts/test")
+    infer.main(["--images", "parts", "--export"])
+    assert np.load("results/run/latents_images.npz")["label"].tolist() == ["7", "cats"] * 2
     Path("results/run/none").mkdir()
     for argv, status, said in ((["--images", "nowhere"], 2, "nowhere"),
                                (["--images", "results/run/none"], 1, "no images"),
@@ -153,6 +158,10 @@ def test_the_page_shows_what_is_in_the_folder_of_a_run(folder, workplace):
     assert "test images, the reconstruction below each" in page  # a caption
     loss = json.loads(Path("results/run/test.json").read_text())["test_loss"]
     assert f"{loss:.4f}" in page and "epoch 2 of 2" in page
+    assert "psnr" not in page and "images.png" not in page
+    infer.main(["--evaluate", "--limit", "30"]), infer.main(["--images", str(folder / "0")])
+    page = Path("results/run/index.html").read_text()
+    assert "psnr" in page and "images.png" in page
 
 
 def test_what_was_asked_for_and_left_out_is_an_error(folder, workplace, capsys):

@@ -213,7 +213,11 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
         assert image.width > 900
     said = capsys.readouterr().out.splitlines()
     assert ["run", "run", "run"] in map(str.split, said) and any("parameters" in line for line in said)
-    assert any("different losses" in line for line in said)  # a Gaussian's and a squared error
+    assert any("different losses and cannot be compared; the test squared error can" in line
+               for line in said)  # a Gaussian's and a squared error
+    fit(folder, "--levels=2", epochs=1)
+    infer.main(["--compare", "--ckpt", files[0], "checkpoints/run/best.pt"])
+    assert "with another --levels cannot be compared" in capsys.readouterr().out
     infer.main(["--evaluate", "--ckpt", *files])
     said = capsys.readouterr().out
     assert said.count("squared_error") == 2 * 3 and "±" not in said  # no mean of different models
@@ -323,8 +327,10 @@ def test_an_unfinished_run_is_said(folder, workplace, capsys, drawn):
     infer.main(["--only", "classes"])
     assert capsys.readouterr().out.splitlines()[0] == f"{best.as_posix()}: run run, epoch 1 of 3, unfinished"
     assert "unfinished, epoch 1" in drawn["labelled_grid"][1]
-    infer.main([])
-    assert "no mixture is fitted to its latents yet" in capsys.readouterr().out
+    for argv, said in (([], True), (["--only", "reconstructions"], False), (["--prior", "model"], False),
+                       (["--temperature", "0.5"], True), (["--export_samples", "2"], True)):
+        infer.main(argv)
+        assert ("no mixture is fitted" in capsys.readouterr().err) == said, argv
 
 
 def test_of_many_classes_32_are_drawn(workplace, capsys, drawn):

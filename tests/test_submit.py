@@ -75,7 +75,8 @@ def test_submission_without_a_checkpoint_or_that_does_not_run(folder, workplace,
     fit(folder, "--seed=2", epochs=1)
     Path("old.pt").write_bytes(checkpoint)
     submit.contents(Path("checkpoints/run/best.pt"))
-    assert "no samples.png yet: python infer.py --ckpt checkpoints/run/best.pt" in capsys.readouterr().err
+    assert "no samples.png yet; to make the pictures: python infer.py --ckpt checkpoints/run/best.pt\n" in \
+        capsys.readouterr().err
     names = submit.contents(Path("old.pt"))[1]  # whose pictures are no longer there
     assert "checkpoints/run/best.pt" in names and not any("results/run" in name for name in names)
     assert "packed without pictures" in capsys.readouterr().err
