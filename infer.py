@@ -276,12 +276,13 @@ def main(argv=None):
         measure(subjects)
     elif args.images or args.export:
         subject = subjects[0]
-        split, own_classes = own_images(
-            args.images, subject.about, subject.trained["transform"], subject.trained["value_range"],
-            args.device) if args.images else (getattr(subject.data, args.split), None)
         if args.images:
+            split, own_classes = own_images(args.images, subject.about, subject.trained["transform"],
+                                            subject.trained["value_range"], args.device)
             shape, levels = "x".join(map(str, subject.about["shape"])), subject.about["levels"]
             print(f"--images: {len(split):,}, brought to {shape} pixels of {levels} levels, as in training")
+        else:
+            split, own_classes = getattr(subject.data, args.split), None
         if args.export:
             export(subject, split, own_classes)
         else:
