@@ -167,6 +167,7 @@ def test_nearest_are_the_nearest_training_images(folder, workplace, drawn):
         assert shown == sorted(shown) and float(distance) == pytest.approx(shown[0], abs=0.006)
 
 
+@pytest.mark.slow
 def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys):
     for name, *flags in (("a", "--latent_size=2"), ("b", "--latent_size=6", "--seed=3"),
                          ("c", "--loss_mode=ae")):
@@ -327,8 +328,8 @@ def test_an_unfinished_run_is_said(folder, workplace, capsys, drawn):
     infer.main(["--only", "classes"])
     assert capsys.readouterr().out.splitlines()[0] == f"{best.as_posix()}: run run, epoch 1 of 3, unfinished"
     assert "unfinished, epoch 1" in drawn["labelled_grid"][1]
-    for argv, said in (([], True), (["--only", "reconstructions"], False), (["--prior", "model"], False),
-                       (["--temperature", "0.5"], True), (["--export_samples", "2"], True)):
+    for argv, said in ((["--only=samples", "--temperature=0.5"], True), (["--only=reconstructions"], False),
+                       (["--only=samples", "--prior=model"], False), (["--export_samples=2"], True)):
         infer.main(argv)
         assert ("no mixture is fitted" in capsys.readouterr().err) == said, argv
 

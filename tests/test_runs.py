@@ -103,6 +103,7 @@ def test_a_writer_that_fails_to_open_does_not_end_the_run(folder, workplace, cap
     assert capsys.readouterr().err.count("No space left") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
