@@ -111,12 +111,15 @@ def measure(argv, images, repeats, baseline):
 
 def floor_step(state, args, batch, labels, noise):
     """→ a function that takes a step of the floor: forward, backward and optimiser on one batch"""
+    precision = torch.autocast(batch.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
     def step():
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        with precision:
             rec, kl, _ = state.network(batch, labels, noise)
         state.optimizer.zero_grad()
         (rec + args.target_beta_val * kl).backward()
-        state.optimizer.step()
+        with precision:
+            state.optimizer.step()
     return step
 
 

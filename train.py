@@ -51,10 +51,11 @@ def train_epoch(state, data, args, after_step):
     beta, lr = beta_at(state.epoch, args), learning_rate(data, args)
     order = torch.randperm(len(data.train), generator=stream(args.seed, "order", state.epoch))
     done = state.step - state.epoch * steps
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     for images, labels, noise, count, n in tqdm(
             batches(data.train, order, args, "train", state.epoch, first=done), f"epoch {state.epoch + 1}",
             steps, initial=done, leave=False, disable=not args.progress_bar):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        with precision:
             terms = state.network(images, labels, noise)
         rec, kl, _ = terms
         loss = rec + beta * kl
@@ -69,7 +70,8 @@ def train_epoch(state, data, args, after_step):
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.grad_clip)
         state.optimizer.param_groups[0]["lr"] = lr(state.step)
-        state.optimizer.step()
+        with precision:  # for the matrix products of Muon
+            state.optimizer.step()
         done += 1
         if state.ema and (done % EMA_EVERY == 0 or done == steps):
             decay = min(args.ema, (1 + state.step) / (10 + state.step))  # at first it forgets faster
