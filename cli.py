@@ -135,20 +135,26 @@ def set_threads(n):
     processors.threads = n
 
 
-def adapt_threads():
+def adapt_threads(load=None):
     """Compute with as many threads as other processes leave free, unless the user has chosen their number.
     With more, threads wait for each other in every operation.
+
+    load: what to judge others by, from its last look on (default: processors.load)
+    → whether the number has changed
     """
-    if processors.THREADS_CHOSEN or WORLD > 1 or processors.load.seconds() < 0.5:  # a coarse count
-        return
-    others = processors.load.look()
+    load = load or processors.load
+    if processors.THREADS_CHOSEN or WORLD > 1 or load.seconds() < 0.5:  # a coarse count
+        return False
+    others = load.look()
     threads = min(MOST_THREADS, processors.free(others))
-    if threads != torch.get_num_threads():
+    changed = threads != torch.get_num_threads()
+    if changed:
         set_threads(threads)
         most, all_processors = processors.available(), len(processors.affinity())
         say(f"computes with {threads} thread{'s' * (threads > 1)}: other processes use {others:.1f} of "
             f"{all_processors} processors"
             + f", of which this process may use {most}" * (most < all_processors))
+    return changed
 
 
 def allow_tf32(allowed):

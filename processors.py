@@ -82,12 +82,14 @@ def free(others):
 
 
 load = Load()
+crowd = None  # the Load since others have needed the processors of our threads, if they do; see watch
 
 
 def watch(interval=0.5):
-    """Start a thread that makes OpenMP's threads wait for a shorter time while other processes need the
-    processors. It changes no result. It does nothing if the user has set OMP_WAIT_POLICY or GOMP_SPINCOUNT,
-    or if torch computes with another OpenMP than GNU's.
+    """Start a thread that tells whether other processes need the processors of our threads (`crowd`), and
+    meanwhile makes OpenMP's threads wait for each other for a shorter time, which changes no result. It does
+    nothing if the user has set OMP_WAIT_POLICY or GOMP_SPINCOUNT, or if torch computes with another OpenMP
+    than GNU's.
 
     A thread that waits for the other threads of an operation spins for a while, then sleeps. GNU's libgomp
     spins 300,000 times, which is best on an idle machine. On a busy one, the spinning thread keeps a
@@ -110,6 +112,8 @@ def loaded_libgomp():
 
 
 def _watch(gomp, interval):
+    global crowd
+
     def keep_team(free_again):
         gomp.GOMP_parallel(gomp.omp_get_thread_num, None, len(affinity()), 0)  # an empty parallel region
         free_again.wait()  # the team ends with this thread
@@ -119,6 +123,7 @@ def _watch(gomp, interval):
         while True:
             time.sleep(interval)
             crowded = free(recent.look()) < threads
+            crowd = (crowd or Load()) if crowded else None
             if crowded and free_again is None:
                 free_again = threading.Event()
                 threading.Thread(target=keep_team, args=(free_again,), daemon=True).start()

@@ -13,6 +13,7 @@ import torch
 
 import cli
 import distributed
+import processors
 import runs
 from cli import UserError, say, warn
 from distributed import RANK, WORLD, all_reduce_sum
@@ -172,12 +173,24 @@ class Saver:
         self.save_if_due()
         self.stepped = time.perf_counter()
 
+    def make_room(self):
+        """Go on with fewer threads if others have needed our processors for a second → whether it did.
+
+        A convolution can take a hundred times as long while one of its threads waits for a processor, and the
+        end of a long epoch is far away. The number is saved at once, so that a resumed run repeats it.
+        """
+        crowd = processors.crowd
+        if self.args.compile or crowd is None or crowd.seconds() < 1 or not cli.adapt_threads(crowd):
+            return False
+        processors.load.look()  # after the epoch, only the time from here on counts
+        return True
+
     def save_if_due(self):
         self.steps += 1
         if WORLD > 1 and self.steps < self.interval:
             return
         unfinished = self.state.epoch < self.args.epochs
-        due = unfinished and time.monotonic() - self.saved >= self.args.save_every
+        due = unfinished and (time.monotonic() - self.saved >= self.args.save_every or self.make_room())
         received = self.signals.received
         if WORLD > 1:
             seconds = (time.monotonic() - self.agreed) / self.steps

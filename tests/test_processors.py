@@ -15,6 +15,7 @@ import cli
 import processors
 import runs
 import train
+import training_state
 from tests.conftest import assert_same_runs, fit, outcome
 
 WATCH = processors.watch  # the fixture `quick` replaces it
@@ -158,6 +159,47 @@ def test_threads_change_between_epochs_and_a_resumed_run_goes_on_with_them(folde
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 1, 2, 1, 1, 2]
+    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
+                       for name in ("whole", "run")))
+
+
+def test_a_run_makes_room_in_the_middle_of_an_epoch_and_a_resumed_run_goes_on_with_that(
+        folder, workplace, monkeypatch):
+    if torch.get_num_threads() < 2:
+        pytest.skip("one thread")
+    before, seen, killed_at = torch.get_num_threads(), {}, None
+    monkeypatch.setattr(processors, "THREADS_CHOSEN", False)
+    monkeypatch.setattr(processors, "available", lambda: 2)
+    monkeypatch.setattr(processors.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(processors, "load", SimpleNamespace(look=lambda: 0.0, seconds=lambda: 2))
+    monkeypatch.setattr(processors, "crowd", None)
+    after_step = training_state.Saver.after_step
+
+    def step(saver):
+        seen.setdefault(saver.state.step, torch.get_num_threads())
+        crowded = SimpleNamespace(look=lambda: 1.0, seconds=lambda: 2)
+        processors.crowd = crowded if saver.state.step in (3, 14) else None
+        after_step(saver)
+        if saver.state.step == killed_at:
+            raise MemoryError  # as good as a kill: nothing more is written
+    monkeypatch.setattr(training_state.Saver, "after_step", step)
+    try:
+        fit(folder, epochs=2)
+        whole, seen = seen, {}
+        for root in ("results", "checkpoints"):
+            Path(root, "run").rename(Path(root, "whole"))
+        killed_at = 6
+        with pytest.raises(MemoryError):
+            fit(folder, epochs=2)
+        state = runs.load_checkpoint("checkpoints/run/last.pt")
+        assert (state["step"], state["threads"]) == (3, 1)
+        killed_at, seen = None, {}
+        torch.set_num_threads(2)
+        train.main(["--resume", "checkpoints/run/last.pt"])
+    finally:
+        torch.set_num_threads(before)
+    assert list(whole.values()) == [2] * 3 + [1] * 7 + [2] * 4 + [1] * 6
+    assert seen == {step: whole[step] for step in range(4, 21)}
     assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
                        for name in ("whole", "run")))
 
