@@ -50,8 +50,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def did_you_mean(word, known):
-    """A question about the known word that is most like a misspelt one, to end a message; "" if none is"""
-    near = difflib.get_close_matches(word, known, 1)
+    """A question about the known word that contains this one or is most like it, to end a message; "" if
+    there is none
+    """
+    part = word.lstrip("-")
+    near = [name for name in known if len(part) > 2 and part in name] \
+        or difflib.get_close_matches(word, known, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -54,8 +54,8 @@ def draw(subject):
     subject.folder.mkdir(parents=True, exist_ok=True)
     if {"samples", "classes"} & set(subject.args.only or PICTURES):
         warn_without_mixture(subject)
-    left_out = []
-    for name in subject.args.only or PICTURES:
+    left_out, names = [], subject.args.only or PICTURES
+    for name in names:
         if name in NEED_DATA and not subject.data:
             reason = "it needs the dataset"
         elif name in NEED_DATA and not len(subject.shuffled(name)):
@@ -63,7 +63,8 @@ def draw(subject):
         else:
             reason = PICTURES[name](subject)
         left_out += [f"left out {name}: {reason}"] * bool(reason)
-    print(f"open {write_page(subject)} to see them all")
+    if len(left_out) < len(names):
+        print(f"open {write_page(subject)} to see them all")
     if subject.args.only and left_out:
         raise UserError("; ".join(left_out))
     if subject.data and not len(subject.shuffled("any")):

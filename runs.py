@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError, one_line, run_name, warn
+from cli import UserError, did_you_mean, one_line, run_name, warn
 from distributed import RANK, WORLD
 from figures import draw_curves
 
@@ -196,8 +196,8 @@ def find_checkpoint(parser, path):
     """The file that --ckpt names, or the best.pt of the folder that it names; without it the newest
     checkpoints/**/best.pt. Exit if there is none.
     """
+    found = sorted(Path("checkpoints").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
     if path is None:
-        found = sorted(Path("checkpoints").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
             parser.error("argument --ckpt: there is no checkpoints/**/best.pt here; train one with python "
                          "train.py")
@@ -206,7 +206,8 @@ def find_checkpoint(parser, path):
         path = path / "best.pt"
     if not path.is_file():
         parser.error(f"argument --ckpt: {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
-                     "only a file such as checkpoints/NAME/best.pt, or its folder")
+                     "only a file such as checkpoints/NAME/best.pt, or its folder"
+                     + did_you_mean(path.as_posix(), [known.as_posix() for known in found]))
     return path
 
 

@@ -21,6 +21,7 @@ from runs import (
 
 CODE = ("*.py", "tests/*.py", "README.md", "requirements.txt", "pyproject.toml", "LICENSE")
 RESULTS = ("*.png", "*.gif", "metrics.csv", "*.json", "index.html")
+EPOCH, MOST_OF_EPOCHS = "*_[0-9][0-9][0-9].png", 10_000_000  # bytes
 
 
 def parse_args(argv=None):
@@ -64,7 +65,13 @@ def contents(ckpt, half=False):
             files[name] = (here / name).read_bytes()
     metrics = results / "metrics.csv"
     if metrics.is_file() and metrics.read_bytes().startswith(csv_bytes(COLUMNS, checkpoint["history"])):
-        for path in [path for pattern in RESULTS for path in results.glob(pattern)]:
+        paths = {path for pattern in RESULTS for path in results.glob(pattern)}
+        epochs = set(results.glob(EPOCH))
+        if sum(path.stat().st_size for path in epochs) > MOST_OF_EPOCHS:
+            print(f"left out: the {len(epochs)} pictures of single epochs, {EPOCH}, more than 10 MB together",
+                  file=sys.stderr)
+            paths -= epochs
+        for path in paths:
             files[f"results/{run}/{path.name}"] = path.read_bytes()
         if f"results/{run}/samples.png" not in files:
             print(f"{results} holds no samples.png yet; to make the pictures: python infer.py --ckpt "

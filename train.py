@@ -209,7 +209,8 @@ def run(args, data, checkpoint, signals):
             raise UserError(not_finite_message(args, state, checkpoints))
         if RANK == 0:
             runs.write_json(results / "test.json", test)
-        print_test(test, args, error_ratio(state.evaluated, data), steps_per_epoch(data, args))
+        print_test(test, args, len(data.test), error_ratio(state.evaluated, data),
+                   steps_per_epoch(data, args))
         log.close(state.history)
         best = shlex.quote((checkpoints / "best.pt").as_posix())
         say(f"wrote {results} and {checkpoints / 'best.pt'}\ndraw:    python infer.py --ckpt {best}\n"
@@ -480,12 +481,13 @@ def print_epoch(row, args, state):
         say(f"the validation loss has not fallen for 10 epochs; best.pt keeps epoch {best}")
 
 
-def print_test(test, args, ratio, steps):
+def print_test(test, args, images, ratio, steps):
     """The test figures, and advice if nothing was learned, or if the posterior has collapsed onto the prior.
 
-    ratio: as error_ratio returns it; steps: of an epoch
+    images: how many; ratio: as error_ratio returns it; steps: of an epoch
     """
-    say(f"test images, by epoch {test['epoch']}, the best in validation: " + describe(test, "test_"))
+    say("test images" + f" (only {images}, so these figures are rough)" * (images < 100)
+        + f", by epoch {test['epoch']}, the best in validation: " + describe(test, "test_"))
     active = test.get("active_units")
     if args.loss_mode == "vae":
         say("active units: " + ("not known from so few test images" if active is None else

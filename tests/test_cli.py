@@ -85,6 +85,7 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--target_beta_val -1", "--target_beta_val: '-1'"), ("--target_beta_val inf", "finite"),
         ("--seed -1", "--seed"),
         ("--conditionnal", "did you mean --conditional?"),
+        ("--beta 1.2", "did you mean --target_beta_val?"),
         ("--dataset mnits", "did you mean mnist?"),
         ("--lr-schedule cosine", "did you mean --lr_schedule?"), ("--xyz", "arguments: --xyz\n"),
         ("--grad_clip -1", "--grad_clip"), ("--levels 3", "--levels"), ("--hidden_dims 0", "--hidden_dims"),

@@ -626,6 +626,10 @@ def test_values_of_another_scale_or_beyond_the_range_are_said(tmp_path, capsys):
     assert "40 images have values beyond the value range" in capsys.readouterr().err
     data.load(str(tmp_path / "in.npy"), tmp_path, value_range=(255, 0))
     assert not capsys.readouterr().err
+    data.load(str(tmp_path / "in.npy"), tmp_path, (8, 8), value_range=(255, 0))
+    assert not capsys.readouterr().err
+    data.load(str(tmp_path / "in.npy"), tmp_path, (9, 10), value_range=(255, 0))
+    assert "40 images are smaller than --image_size, and are enlarged" in capsys.readouterr().err
     save(tmp_path / "12_bits.png", (4095 * blob(9, 9, 0)).astype(np.uint16))
     files.read_paths([tmp_path / "12_bits.png"], (1, 9, 9), "none", None, None)
     assert "of 0 to 65535, its values go from" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
 import data
 import infer
 import train
@@ -41,6 +42,11 @@ def test_without_a_file_it_is_the_newest_checkpoint(folder, workplace, capsys):
             "checkpoints/newest/best.pt: run newest, epoch 1 of 1",
             *(str(Path("results/newest", name)) for name in ("samples.png", "samples_prior.png")),
             f"open {Path('results/newest/index.html')} to see them all"]
+    status, error = outcome(infer.main, ["--ckpt", "older"], capsys)
+    assert status == 2 and error.endswith("its folder; did you mean checkpoints/older/best.pt?\n")
+    with pytest.raises(cli.UserError, match="left out classes"):
+        infer.main(["--only", "classes"])
+    assert "to see them all" not in capsys.readouterr().out  # nothing new was drawn
 
 
 @pytest.mark.slow

@@ -64,6 +64,18 @@ def test_submission_holds_the_work_and_no_data(folder, workplace, monkeypatch, c
     assert half.dtype == torch.float32 and 0 < (whole - half).abs().max() < 1 / 255
 
 
+def test_pictures_of_many_epochs_are_left_out_of_the_zip(folder, workplace, monkeypatch, capsys):
+    fit(folder)
+    whole = submit.contents("checkpoints/run/best.pt")[1]
+    assert {"results/run/samples_001.png", "results/run/reconstructions_002.png"} <= set(whole)
+    capsys.readouterr()
+    monkeypatch.setattr(submit, "MOST_OF_EPOCHS", 1000)
+    small = submit.contents("checkpoints/run/best.pt")[1]
+    assert set(whole) - set(small) == {f"results/run/{name}_00{epoch}.png" for epoch in (1, 2)
+                                       for name in ("samples", "reconstructions")}
+    assert "left out: the 4 pictures of single epochs" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_submission_without_a_checkpoint_or_that_does_not_run(folder, workplace, capsys, monkeypatch):
     status, error = outcome(submit.main, [], capsys)

@@ -159,6 +159,7 @@ def test_training_that_failed_is_told_from_collapse(folder, workplace, capsys, f
     fit(folder, "--lr=10", *flags)
     said = capsys.readouterr().out
     assert "nothing was learned" in said and "smaller --lr than 10" in said and "collapsed" not in said
+    assert "test images (only 40, so these figures are rough), by epoch" in said
     read = data.load(str(folder), workplace)
     images = pixels(read.test).double() / 255
 
