@@ -96,9 +96,11 @@ def measure(argv, images, repeats, baseline):
         if baseline:
             other.submit(plain_seconds, argv, n).result()
         for _ in range(repeats):
-            passes.append(epoch(state, data, args, step))
+            plain = []
             if baseline:
-                passes[-1] += (other.submit(plain_seconds, argv, n).result(),)
+                plain = [other.submit(plain_seconds, argv, n).result()]
+                time.sleep(1)  # until processors.watch sees an idle machine again
+            passes.append((*epoch(state, data, args, step), *plain))
     ours, floor, *others = zip(*passes)
     row |= {"images_per_second": n / median(ours), "floor_images_per_second": n / median(floor),
             "floor_ratio": median(b / a for a, b in zip(ours, floor)),
