@@ -61,6 +61,20 @@ def test_muon_is_that_of_torch_for_matrices_and_adamw_for_the_rest():
         assert moved > 0.02 and (a.flatten() - b.flatten()).abs().max() < 0.1 * moved
 
 
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_muon_multiplies_in_the_precision_of_training(folder, workplace, monkeypatch, precision, dtype):
+    seen, orthogonalize = [], optim.orthogonalize
+
+    def record(matrices):
+        update = orthogonalize(matrices)
+        assert 0.5 < update[0].float().norm() / min(update.shape[1:]) ** 0.5 < 1.3
+        seen.append(update.dtype)
+        return update
+    monkeypatch.setattr(optim, "orthogonalize", record)
+    fit(folder, "--optimizer=muon", f"--precision={precision}", epochs=1)
+    assert set(seen) == {dtype}
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_adamw_is_torchs(fused):
     ours, theirs = (torch.nn.Parameter(double(5, 3)) for _ in range(2))
