@@ -195,6 +195,6 @@ def test_the_judge_of_mnist_recognises_its_test_images():
         old.unlink()  # it may be of other code
     judge = evaluate.cached_judge(grey, 10, root / "cache")
     order = torch.arange(10_000)
-    for shown in (lambda x: x / 255, lambda x: (x > 127).float()):
+    for shown, accuracy in (lambda x: x / 255, 0.992), (lambda x: (x > 127).float(), 0.99):
         _, seen = evaluate.judged(judge, (shown(grey.test.batch(index)[0]) for index in order.split(1000)))
-        assert (seen == grey.test.labels).double().mean() > 0.985
+        assert (seen == grey.test.labels).double().mean() >= accuracy
