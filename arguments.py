@@ -65,9 +65,10 @@ def make_parser():
 
     add = parser.add_argument_group("objective").add_argument
     add("--recon_loss", choices=list(LIKELIHOODS),
-        help="likelihood of an image given z; mse: squared error; gaussian: of a learned scale; bce: "
-             "Bernoulli; categorical: a softmax over levels (default: bce for 2 levels, categorical for 16, "
-             "for 256 gaussian, or mse for an autoencoder)")
+        help="likelihood of an image given z; mse: squared error; gaussian: of a learned scale; logistic: a "
+             "logistic density, cut into bins around the levels; bce: Bernoulli; categorical: a softmax over "
+             "levels (default: bce for 2 levels, categorical for 16, for 256 gaussian, or mse for an "
+             "autoencoder)")
     add("--target_beta_val", type=number(float, 0), default=1.0, metavar="BETA", help="weight of the KL")
     add("--beta_mode", choices=("constant", "linear", "cyclical"), default="constant",
         help="how beta changes over the epochs; linear: 0 in the first one, then BETA / epochs more in each; "

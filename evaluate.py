@@ -31,6 +31,7 @@ WORDS = {"neg_elbo": "nats per image, lower is better", "rec": "-log p(x|z), or 
          "psnr": "of reconstructions, dB, higher is better",
          "pca_squared_error": "of as many principal components of training images",
          "images": "test images measured",
+         "prior": "(what the samples judged below are drawn from)",
          "frechet_distance": "of samples from test images, lower is better",
          "precision": "samples that are near test images", "recall": "test images that are near samples",
          "density": "test images around a sample", "coverage": "test images with a sample nearby",
@@ -52,7 +53,8 @@ def evaluate(model, data, args):
     order = torch.randperm(len(data.test), generator=stream("evaluate"))[:args.limit]
     has_elbo = isinstance(model, VAE) and model.likelihood.is_discrete
     k = args.iw_samples if has_elbo else 1
-    print(f"measures {len(order):,} test images" + f", with {k:,} latents each" * has_elbo, flush=True)
+    print(f"measures {len(order):,} test images"
+          + f", with {k:,} latents each (fewer are faster: --iw_samples)" * (k > 1), flush=True)
     embedded, parts = [], []
     with tqdm(total=len(order), desc="evaluating", unit=" images", disable=None) as bar:
         for which, index in enumerate(order.split(max(1, model.max_batch // k))):

@@ -362,8 +362,8 @@ def nearest(subject, n=8, k=9):
     shown = torch.cat([asked[:n, None], found], 1)
     subject.save("nearest.png", figures.labelled_grid, f"mean images of samples from {subject.prior_name}, "
                  f"and the {shown.shape[1] - 1} training images nearest to each, with the distance of the "
-                 f"nearest. Were most of them far below {distances[n:, 0].median():.2f}, the median of "
-                 "reconstructed test images, the model would have memorised",
+                 "nearest. A reconstructed test image has its nearest training image at "
+                 f"{distances[n:, 0].median():.2f} (median); distances far below that mean memorised images",
                  shown.view(-1, *subject.model.shape), shown.shape[1],
                  [f"{name}{distance:.2f}" for name, distance in zip(names, away)],
                  ["sample", "nearest", *map(str, range(2, shown.shape[1]))])
@@ -448,17 +448,22 @@ def compare(subjects, args):
     path = Path(args.results_dir or subjects[0].trained["results_dir"], "compare", f"{names[:200]}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     priors = dict.fromkeys(subject.prior_name for subject in subjects)
-    figures.compare(path, f"samples from {' or '.join(priors)}; test images, the reconstruction below each",
-                    columns)
+    caption = f"samples from {' or '.join(priors)}; test images, the reconstruction below each"
+    unlike = {"dataset", "value_range", "levels", "binarize", "image_size", "transform"} & set(differing)
+    warning = ""
+    if unlike:
+        warning = f"losses cannot be compared: the models differ in --{', --'.join(sorted(unlike))}"
+    elif "recon_loss" in differing:
+        warning = "val reconstruction is of different losses and cannot be compared" \
+            + "; the test squared error can" * ("test squared error" in known)
+    figures.compare(path, f"{caption}. {warning}" if warning else caption, columns)
     runs = [subject.trained["log_dir"] for subject in subjects]
     for figure, values in [("", runs), *((name, [column[3][name] for column in columns]) for name in known)]:
         print(f"{figure:20s}", *(f"{value:>{max(12, len(run))}s}" for run, value in zip(runs, values)))
-    unlike = {"dataset", "value_range", "levels", "binarize", "image_size", "transform"} & set(differing)
-    if unlike:
-        print(f"figures of models with another --{', --'.join(sorted(unlike))} cannot be compared")
-    elif "recon_loss" in differing:
-        print("val reconstruction is of different losses and cannot be compared"
-              + "; the test squared error can" * ("test squared error" in known))
+    if warning:
+        print(warning)
+    if "coverage" in known and not all(map(evaluated, subjects)):
+        print("–: not measured, or not known of this model; python infer.py --evaluate --ckpt FILE measures")
     print(path)
 
 

@@ -60,9 +60,11 @@ def contents(ckpt, half=False):
     packed, results = f"checkpoints/{run}/best.pt", Path(checkpoint["args"]["results_dir"], run)
     files = {path.relative_to(here).as_posix(): path.read_bytes() for pattern in CODE
              for path in here.glob(pattern) if path.is_file() and not path.is_symlink()}
-    for name in re.findall(r"\]\((results/[^)]+)\)", files.get("README.md", b"").decode()):
-        if (here / name).is_file():
-            files[name] = (here / name).read_bytes()
+    for page in ("README.md", "results/README.md"):  # with what they show
+        for link in re.findall(r"\]\(([^)#]+)", files.get(page, b"").decode()):
+            path = Path(page).parent / link
+            if (here / path).is_file():
+                files[path.as_posix()] = (here / path).read_bytes()
     metrics = results / "metrics.csv"
     if metrics.is_file() and metrics.read_bytes().startswith(csv_bytes(COLUMNS, checkpoint["history"])):
         paths = {path for pattern in RESULTS for path in results.glob(pattern)}

@@ -29,6 +29,8 @@ import processors
 import runs
 import train
 
+cli.set_threads(1)  # models are tiny here: several threads would mostly wait for each other
+
 HERE = Path(__file__).resolve().parent.parent
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (1, 9, 21), (3, 64, 48), (1, 8, 8)]

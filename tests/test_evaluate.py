@@ -102,7 +102,8 @@ def test_an_ae_is_measured_against_pca(folder, workplace):
 
 
 def test_each_figure_is_explained_in_words_that_any_console_can_show():
-    assert {*evaluate.METRICS, *evaluate.QUALITY, "frechet_floor", "judge_accuracy"} == set(evaluate.WORDS)
+    assert {*evaluate.METRICS, *evaluate.QUALITY, "prior", "frechet_floor", "judge_accuracy"} == \
+        set(evaluate.WORDS)
     for words in evaluate.WORDS.values():
         words.encode("cp1252")
 

@@ -157,7 +157,7 @@ def test_nearest_are_the_nearest_training_images(folder, workplace, drawn):
     net, everything, _ = encoded(folder)  # all 40 test images are asked for
     unseen = net.reconstruct(pixels(everything.test)).detach().flatten(1).double()
     away = torch.stack([(train_images - image).square().sum(1).sqrt().min() for image in unseen])
-    said = float(re.search(r"below (.*), the median", title)[1])
+    said = float(re.search(r"training image at (.*) \(median\)", title)[1])
     assert said == pytest.approx(away.median().item(), abs=0.01)
     fit(folder, "--levels=2", "--binarize=stochastic")
     infer.main(["--only", "nearest"])
@@ -216,9 +216,11 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
     assert ["run", "run", "run"] in map(str.split, said) and any("parameters" in line for line in said)
     assert any("different losses and cannot be compared; the test squared error can" in line
                for line in said)  # a Gaussian's and a squared error
+    assert any("python infer.py --evaluate --ckpt FILE measures" in line for line in said)
     fit(folder, "--levels=2", epochs=1)
     infer.main(["--compare", "--ckpt", files[0], "checkpoints/run/best.pt"])
-    assert "with another --levels cannot be compared" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "losses cannot be compared: the models differ in --levels" in said and "FILE" not in said
     infer.main(["--evaluate", "--ckpt", *files])
     said = capsys.readouterr().out
     assert said.count("squared_error") == 2 * 3 and "±" not in said  # no mean of different models

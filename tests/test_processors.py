@@ -127,7 +127,7 @@ def test_scripts_watch_how_busy_others_are(monkeypatch, capsys):
 
 
 def test_threads_change_between_epochs_and_a_resumed_run_goes_on_with_them(folder, workplace, monkeypatch):
-    if torch.get_num_threads() < 2:
+    if cli.MOST_THREADS < 2:
         pytest.skip("one thread")
     before, seen = torch.get_num_threads(), []
 
@@ -165,7 +165,7 @@ def test_threads_change_between_epochs_and_a_resumed_run_goes_on_with_them(folde
 
 def test_a_run_makes_room_in_the_middle_of_an_epoch_and_a_resumed_run_goes_on_with_that(
         folder, workplace, monkeypatch):
-    if torch.get_num_threads() < 2:
+    if cli.MOST_THREADS < 2:
         pytest.skip("one thread")
     before, seen, killed_at = torch.get_num_threads(), {}, None
     monkeypatch.setattr(processors, "THREADS_CHOSEN", False)

@@ -97,9 +97,12 @@ def test_submission_without_a_checkpoint_or_that_does_not_run(folder, workplace,
     assert status == 1 and "No module named 'processors'" in error and not Path("submission.zip").exists()
 
 
-def test_the_pictures_of_the_readme_are_there():
+def test_the_pictures_of_the_readme_are_there_and_in_the_zip(folder, workplace):
     pictures = []
     for page in (HERE / "README.md", HERE / "results" / "README.md"):
         found = re.findall(r"!\[.*?\]\((.*?)\)|<img src=\"(.*?)\"", page.read_text())
         pictures += [page.parent / "".join(paths) for paths in found]
     assert len(pictures) >= 7 and [path for path in pictures if not path.is_file()] == []
+    fit(folder, epochs=1)
+    assert {path.relative_to(HERE).as_posix() for path in pictures} <= set(
+        submit.contents("checkpoints/run/best.pt")[1])
