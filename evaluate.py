@@ -23,10 +23,12 @@ METRICS = ("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples", 
 
 COUNTS = ("iw_samples", "images", "samples_judged", "train_images_judged")
 WIDTH = 29  # of names in print_metrics
-WORDS = {"neg_elbo": "nats per image, lower is better", "rec": "-log p(x|z), or a squared error",
-         "kl": "nats per image", "bpd": "bits/dim",
+WORDS = {"neg_elbo": "nats per image, lower is better",
+         "rec": "first term of the loss: -log p(x|z), or of mse an error", "kl": "nats per image",
+         "bpd": "bits/dim",
          "iw_nll": "-log p(x), nats per image, lower is better", "iw_nll_se": "its standard error",
-         "iw_samples": "latents per image", "active_units": "latent dimensions in use",
+         "iw_samples": "latents per image; with fewer the NLL is higher",
+         "active_units": "latent dimensions in use",
          "squared_error": "of reconstructions, summed over pixels in [0, 1]",
          "psnr": "of reconstructions, dB, higher is better",
          "pca_squared_error": "of as many principal components of training images",
@@ -54,7 +56,7 @@ def evaluate(model, data, args):
     has_elbo = isinstance(model, VAE) and model.likelihood.is_discrete
     k = args.iw_samples if has_elbo else 1
     print(f"measures {len(order):,} test images"
-          + f", with {k:,} latents each (fewer are faster: --iw_samples)" * (k > 1), flush=True)
+          + f", with {k:,} latents each (--iw_samples: fewer are faster)" * (k > 1), flush=True)
     embedded, parts = [], []
     with tqdm(total=len(order), desc="evaluating", unit=" images", disable=None) as bar:
         for which, index in enumerate(order.split(max(1, model.max_batch // k))):

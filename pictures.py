@@ -8,6 +8,7 @@ figures.py.
 import json
 import math
 import re
+import shlex
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
@@ -173,7 +174,7 @@ def samples(subject):
         _, plain, _ = subject.sample(n, "samples", fitted=False)
         cooler = f", temperature {subject.args.temperature:g}" * (subject.args.temperature != 1)
         subject.save("samples_prior.png", save_grid, f"samples from {subject.model.prior.description}"
-                     f"{cooler}: mean images. Those of samples.png come from a mixture, because the latents "
+                     f"{cooler}: mean images. Those of samples.png come from {name}, because the latents "
                      "of all images together are not distributed as N(0, I)", plain, columns)
     if subject.model.likelihood.is_discrete:
         subject.save("samples_drawn.png", save_grid,
@@ -302,7 +303,7 @@ def latents(subject):
     what = "latents" if subject.codes.std is None else "means of the posterior"
     names = subject.about["classes"]
     many = f", coloured by their {len(names)} classes" if len(names) > 20 else ""
-    few = f", in two of {subject.model.latent_size} dimensions: what overlaps here may be apart in the others"
+    few = f", in two directions of {subject.model.latent_size}: what overlaps here may be apart in the others"
     subject.save("latents.png", figures.latents, f"{what} of {len(points):,} test images{many}"
                  + few * (subject.model.latent_size > 2), points, subject.codes.labels, names, axes)
 
@@ -361,8 +362,8 @@ def nearest(subject, n=8, k=9):
         names = [f"{subject.about['classes'][label]}: " for label in labels.tolist()]
     shown = torch.cat([asked[:n, None], found], 1)
     subject.save("nearest.png", figures.labelled_grid, f"mean images of samples from {subject.prior_name}, "
-                 f"and the {shown.shape[1] - 1} training images nearest to each, with the distance of the "
-                 "nearest. A reconstructed test image has its nearest training image at "
+                 f"and the {shown.shape[1] - 1} training images nearest to each, with the Euclidean distance "
+                 "of the nearest. A reconstructed test image has its nearest training image at "
                  f"{distances[n:, 0].median():.2f} (median); distances far below that mean memorised images",
                  shown.view(-1, *subject.model.shape), shown.shape[1],
                  [f"{name}{distance:.2f}" for name, distance in zip(names, away)],
@@ -441,6 +442,8 @@ def draw_images(subject, split):
 def compare(subjects, args):
     """A picture of several models: samples, and reconstructions of the same test images; with figures."""
     differing = differing_arguments([subject.trained for subject in subjects])
+    if any(subject.trained["levels"] != 2 for subject in subjects):
+        differing = [name for name in differing if name != "binarize"]  # it is for two levels
     columns = [comparison(subject, differing) for subject in subjects]
     known = [name for name in columns[0][3] if any(column[3][name] != "–" for column in columns)]
     columns = [(*column[:3], {name: column[3][name] for name in known}) for column in columns]
@@ -450,20 +453,22 @@ def compare(subjects, args):
     priors = dict.fromkeys(subject.prior_name for subject in subjects)
     caption = f"samples from {' or '.join(priors)}; test images, the reconstruction below each"
     unlike = {"dataset", "value_range", "levels", "binarize", "image_size", "transform"} & set(differing)
+    unlike_losses = {"loss_mode", "recon_loss", "target_beta_val", "iw_train"} & set(differing)
     warning = ""
-    if unlike:
-        warning = f"losses cannot be compared: the models differ in --{', --'.join(sorted(unlike))}"
-    elif "recon_loss" in differing:
-        warning = "val reconstruction is of different losses and cannot be compared" \
-            + "; the test squared error can" * ("test squared error" in known)
-    figures.compare(path, f"{caption}. {warning}" if warning else caption, columns)
+    if unlike or unlike_losses:
+        warning = ("losses and errors" if unlike else "val losses") \
+            + f" cannot be compared: the models differ in --{', --'.join(sorted(unlike or unlike_losses))}" \
+            + "; the test squared error can" * (not unlike and "test squared error" in known)
+    figures.compare(path, f"{caption}; {warning}" if warning else caption, columns)
     runs = [subject.trained["log_dir"] for subject in subjects]
     for figure, values in [("", runs), *((name, [column[3][name] for column in columns]) for name in known)]:
         print(f"{figure:20s}", *(f"{value:>{max(12, len(run))}s}" for run, value in zip(runs, values)))
     if warning:
         print(warning)
-    if "coverage" in known and not all(map(evaluated, subjects)):
-        print("–: not measured, or not known of this model; python infer.py --evaluate --ckpt FILE measures")
+    for subject in subjects:
+        if not evaluated(subject):
+            print("to add its NLL and the quality of its samples, where they apply: python infer.py "
+                  f"--evaluate --ckpt {shlex.quote(subject.path.as_posix())}")
     print(path)
 
 
@@ -488,13 +493,15 @@ def comparison(subject, differing):
     def decimals(value, places=2):
         return "–" if value is None else f"{value:.{places}f}"
     unfinished = ", unfinished" * is_unfinished(subject.checkpoint)
+    nll = "–" if measured.get("iw_nll") is None else f"{measured['iw_nll']:.2f} ({measured['iw_samples']:,})"
     return ([f"{trained['log_dir']}, epoch {subject.checkpoint['epoch']}{unfinished}",
              *(f"{name} {trained.get(name)}" for name in differing)],
             image_grid(mean, 6), pairs,
             {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+             "val loss": decimals(last.get("val_loss")),
              "val reconstruction": decimals(last.get("val_rec")), "val KL, nats": decimals(kl),
              "val bits/dim": decimals(last.get("val_bpd"), 4), "test squared error": decimals(error),
-             "active units": decimals(active, 0),
+             "active units": decimals(active, 0), "NLL (latents)": nll,
              "frechet distance": decimals(measured.get(f"frechet_distance{suffix}")),
              "coverage": decimals(measured.get(f"coverage{suffix}"))})
 

@@ -184,7 +184,7 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
     capsys.readouterr()
     infer.main(["--compare", "--prior=model", "--ckpt", *files[:2]])
     assert drawn["compare"][2][0][3]["frechet distance"] == "9.25"
-    assert "different losses" not in capsys.readouterr().out
+    assert "cannot be compared" not in capsys.readouterr().out
     infer.main(["--compare", "--ckpt", *files])
     assert re.findall(r"mixture of (\d+)", drawn["compare"][1]) == ["16", "5", "8"]  # from left to right
     captions = [column[0][1:] for column in drawn["compare"][2]]
@@ -214,13 +214,13 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, capsys)
         assert image.width > 900
     said = capsys.readouterr().out.splitlines()
     assert ["run", "run", "run"] in map(str.split, said) and any("parameters" in line for line in said)
-    assert any("different losses and cannot be compared; the test squared error can" in line
-               for line in said)  # a Gaussian's and a squared error
-    assert any("python infer.py --evaluate --ckpt FILE measures" in line for line in said)
+    assert "val losses cannot be compared: the models differ in --loss_mode, --recon_loss; the test " \
+        "squared error can" in said
+    assert [line.split("--ckpt ")[1] for line in said if "to add its NLL" in line] == files[1:]
     fit(folder, "--levels=2", epochs=1)
     infer.main(["--compare", "--ckpt", files[0], "checkpoints/run/best.pt"])
     said = capsys.readouterr().out
-    assert "losses cannot be compared: the models differ in --levels" in said and "FILE" not in said
+    assert "losses and errors cannot be compared: the models differ in --levels\n" in said
     infer.main(["--evaluate", "--ckpt", *files])
     said = capsys.readouterr().out
     assert said.count("squared_error") == 2 * 3 and "±" not in said  # no mean of different models
