@@ -84,7 +84,8 @@ def make_parser():
     add("--batch_size", type=number(int, 1), default=128, metavar="N", help="images in a step")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon: orthogonalised steps for matrices, those of AdamW for the rest")
-    add("--lr", type=number(float, 0, above=True), default=2e-3, metavar="LR", help="learning rate")
+    add("--lr", "--learning_rate", type=number(float, 0, above=True), default=2e-3, metavar="LR",
+        help="learning rate")
     add("--lr_schedule", choices=("constant", "cosine"), default="constant",
         help="cosine: up from 0 in the first hundredth of the steps, then down to 0")
     add("--ema", type=number(float, 0), default=0.999, metavar="DECAY",

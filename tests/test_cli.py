@@ -79,7 +79,8 @@ def test_a_reader_that_goes_away_does_not_end_the_run(folder, tmp_path, monkeypa
 
 WRONG = [  # (script, its arguments, what the line says)
     *((train, *row) for row in [
-        ("--latent_size 0", "--z_dim: '0'"), ("--lr -1", "--lr: '-1'"), ("--lr nan", "--lr: 'nan'"),
+        ("--latent_size 0", "--z_dim: '0'"), ("--lr -1", "--learning_rate: '-1'"),
+        ("--learning_rate nan", "--learning_rate: 'nan'"),
         ("--lr 0", "--lr"),
         ("--epochs 0", "--epochs"), ("--epochs 1.5", "whole number"), ("--batch_size 0", "--batch_size"),
         ("--target_beta_val -1", "--target_beta_val: '-1'"), ("--target_beta_val inf", "finite"),
