@@ -113,7 +113,8 @@ def make_parser():
     add("--progress_bar", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
         help="show the progress of an epoch (default: only on a terminal)")
     add("--resume", type=Path, metavar="FILE",
-        help="continue the run of this checkpoint, with its arguments (default: a new run)")
+        help="continue the run of this checkpoint, or of the last.pt in this folder, with its arguments "
+             "(default: a new run)")
     add("--save_every", type=number(float, 0), default=60.0, metavar="SECONDS",
         help="save last.pt this often, besides at the end of each epoch")
     return parser
@@ -198,6 +199,7 @@ def check_args(parser, args):
 def resume_args(parser, defaults, given):
     """→ the arguments of the run to resume, its checkpoint"""
     path = given.pop("resume")
+    path = path / "last.pt" if (path / "last.pt").is_file() else path
     others = [other.as_posix() for other in sorted(path.parent.glob("*.pt")) if other != path]
     if not path.is_file():
         killed = not others and (path.parent / "lock").exists()

@@ -24,7 +24,7 @@ METRICS = ("neg_elbo", "rec", "kl", "bpd", "iw_nll", "iw_nll_se", "iw_samples", 
 COUNTS = ("iw_samples", "images", "samples_judged", "train_images_judged")
 WIDTH = 29  # of names in print_metrics
 WORDS = {"neg_elbo": "nats per image, lower is better",
-         "rec": "first term of the loss: -log p(x|z), or of mse an error", "kl": "nats per image",
+         "rec": "-log p(x|z), nats per image; of mse an error", "kl": "nats per image",
          "bpd": "bits/dim",
          "iw_nll": "-log p(x), nats per image, lower is better", "iw_nll_se": "its standard error",
          "iw_samples": "latents per image; with fewer the NLL is higher",

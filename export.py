@@ -23,8 +23,9 @@ def export_latents(model, split, classes, args, path):
     """
     figures = each_image(model, split, args)
     labels, names = figures.pop("label"), split.names
-    files = names[split.rows.cpu().numpy()] if names is not None else np.array([b""] * len(split))
-    columns = {"name": np.array([name.decode(errors="replace") for name in files], str),
+    files = [name.decode(errors="replace") for name in names[split.rows.cpu().numpy()]] \
+        if names is not None else range(len(split))  # without files, the number of the image in the split
+    columns = {"name": np.array(files, str),
                "label": np.array([classes[label] if classes else "" for label in labels], str), **figures}
     buffer = io.BytesIO()
     np.savez(buffer, **columns)
@@ -137,7 +138,8 @@ def table(rows):
 
 def figure(picture, run):
     from PIL import Image
-    caption = "the samples after each epoch" if picture.stem == "progress" else picture.stem
+    caption = "the samples after each epoch of training, from the prior named at the top" \
+        if picture.stem == "progress" else picture.stem
     with contextlib.suppress(OSError), Image.open(picture) as image:
         caption = image.info.get("Description", caption).removeprefix(f"{run}: ")  # figures.py writes it
     return (f'<figure><a href="{html.escape(picture.name)}"><img src="{html.escape(picture.name)}" '

@@ -387,7 +387,7 @@ def nearest_training_images(subject, asked, n, k):
 
 
 def progress(subject):
-    """The samples after each epoch of the training, as an animation."""
+    """The samples after each epoch of the training, from the prior of the loss, as an animation."""
     folder = Path(subject.trained["results_dir"], subject.trained["log_dir"])
     frames = sorted(folder.glob("samples_[0-9]*.png"), key=lambda path: int(path.stem.split("_")[1]))
     if len(frames) < 2:
@@ -461,14 +461,21 @@ def compare(subjects, args):
             + "; the test squared error can" * (not unlike and "test squared error" in known)
     figures.compare(path, f"{caption}; {warning}" if warning else caption, columns)
     runs = [subject.trained["log_dir"] for subject in subjects]
-    for figure, values in [("", runs), *((name, [column[3][name] for column in columns]) for name in known)]:
-        print(f"{figure:20s}", *(f"{value:>{max(12, len(run))}s}" for run, value in zip(runs, values)))
+    rows = [("", runs), *((f"--{name}", [subject.trained.get(name) for subject in subjects])
+                          for name in differing),
+            *((name, [column[3][name] for column in columns]) for name in known)]
+    for figure, values in rows:
+        print(f"{figure:20s}", *(f"{value!s:>{max(12, len(run))}}" for run, value in zip(runs, values)))
     if warning:
         print(warning)
-    for subject in subjects:
-        if not evaluated(subject):
-            print("to add its NLL and the quality of its samples, where they apply: python infer.py "
-                  f"--evaluate --ckpt {shlex.quote(subject.path.as_posix())}")
+    if len({evaluated(subject).get("images") for subject in subjects} - {None}) > 1:
+        print("NLL and figures of samples cannot be compared: --evaluate measured different numbers of images")
+    missing = [subject for subject in subjects if not evaluated(subject)]
+    if missing:
+        discrete = any(subject.trained["loss_mode"] == "vae" and subject.model.likelihood.is_discrete
+                       for subject in missing)
+        print(f"to measure {'the NLL and ' * discrete}the quality of samples: python infer.py --evaluate --ckpt",
+              *(shlex.quote(subject.path.as_posix()) for subject in missing))
     print(path)
 
 

@@ -189,6 +189,7 @@ def test_files_in_medmnists_layout_train_and_are_exported(workplace):
     infer.main(["--evaluate"])
     infer.main(["--export"])
     assert np.load("results/run/latents.npz")["z"].shape == (24, 32)
+    assert np.load("results/run/latents.npz")["name"].tolist() == list(map(str, range(24)))  # no file names
     assert json.loads(Path("results/run/evaluation.json").read_text())["images"] == 24
 
 
