@@ -469,12 +469,12 @@ def compare(subjects, args):
     if warning:
         print(warning)
     if len({evaluated(subject).get("images") for subject in subjects} - {None}) > 1:
-        print("NLL and figures of samples cannot be compared: --evaluate measured different numbers of images")
+        print("NLL and figures of samples cannot be compared: they are of different numbers of test images")
     missing = [subject for subject in subjects if not evaluated(subject)]
     if missing:
         discrete = any(subject.trained["loss_mode"] == "vae" and subject.model.likelihood.is_discrete
                        for subject in missing)
-        print(f"to measure {'the NLL and ' * discrete}the quality of samples: python infer.py --evaluate --ckpt",
+        print(f"to measure {'NLL and ' * discrete}quality of samples: python infer.py --evaluate --ckpt",
               *(shlex.quote(subject.path.as_posix()) for subject in missing))
     print(path)
 
