@@ -325,7 +325,7 @@ SPEEDRUN = [  # NLL, whose, seeds, arguments beside the common ones
 
 
 def speedrun(rest):
-    """Train the models of SPEEDRUN and measure them, with 100 latents per image; print a row for each.
+    """Train the models of SPEEDRUN and measure them, with 500 latents per image; print a row for each.
 
     rest: further arguments of train.py. With --limit N among them, N images are measured, of one seed.
     """
@@ -342,8 +342,7 @@ def speedrun(rest):
             start = time.perf_counter()
             run("train.py", *argv, "--seed", str(seed), "--log_dir", name, "--overwrite")
             took.append(time.perf_counter() - start)
-            run("infer.py", "--evaluate", "--iw_samples", "100", *limit, "--ckpt",
-                f"checkpoints/{name}/best.pt")
+            run("infer.py", "--evaluate", *limit, "--ckpt", f"checkpoints/{name}/best.pt")
             measured.append(json.loads(Path("results", name, "evaluation.json").read_text()))
         nll, bound = ([figures[key] for figures in measured] for key in ("iw_nll", "neg_elbo"))
         print(f"{target} {paper}: NLL {spread(nll)} (standard error over images "

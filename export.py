@@ -40,7 +40,10 @@ def export_latents(model, split, classes, args, path):
     for row in zip(*flat.values()):
         writer.writerow([f"{value:.6g}" if isinstance(value, np.floating) else value for value in row])
     atomic_write(path.with_suffix(".csv"), text.getvalue().encode())
-    print(f"{path}.csv: {len(split):,} images; {path}.npz: the same for NumPy")
+    print(f"{path}.csv: {len(split):,} image{'s' * (len(split) != 1)}; {path}.npz: the same for NumPy")
+    if len(split) > 3:
+        oddest = figures["loss"].argsort()[:-4:-1]
+        print(f"the highest losses are of {', '.join(columns['name'][oddest])}")
 
 
 def export_samples(subject, n):

@@ -280,6 +280,8 @@ LINES = {
     "upper 8 bits": "are in colour of 16 bits, of which Pillow reads the upper 8; .npy files keep all",
     "clipped": "have values beyond the value range, which are clipped",
     "enlarged": "are smaller than --image_size, and are enlarged",
+    "cropped": "have another ratio of height to width than --image_size; more than a twentieth of each is "
+               "cropped away",
     "palette": "have a palette, to whose colours the value range was applied",
     "nearly black": "have no value above 2 of 255; are they of another scale than the rest?",
     "channels first": "are arrays of 3 or 4 x height x width, each taken as one image in colour",
@@ -373,7 +375,9 @@ def finish_image(pixels, image_size, found):
     elif pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if image_size and pixels.shape[:2] != tuple(image_size):
-        found.kinds["enlarged"] += pixels.shape[0] < image_size[0] or pixels.shape[1] < image_size[1]
+        scales = pixels.shape[0] / image_size[0], pixels.shape[1] / image_size[1]
+        found.kinds["enlarged"] += min(scales) < 1
+        found.kinds["cropped"] += min(scales) < 0.95 * max(scales)
         from PIL import Image
         pixels = np.asarray(cover(Image.fromarray(np.ascontiguousarray(pixels)), image_size))
     return pixels

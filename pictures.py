@@ -453,10 +453,11 @@ def compare(subjects, args):
     priors = dict.fromkeys(subject.prior_name for subject in subjects)
     caption = f"samples from {' or '.join(priors)}; test images, the reconstruction below each"
     unlike = {"dataset", "value_range", "levels", "binarize", "image_size", "transform"} & set(differing)
-    unlike_losses = {"loss_mode", "recon_loss", "target_beta_val", "iw_train"} & set(differing)
+    unlike_losses = {"loss_mode", "recon_loss", "target_beta_val", "iw_train", "conditional"} & set(differing)
     warning = ""
     if unlike or unlike_losses:
-        warning = ("losses and errors" if unlike else "val losses") \
+        warning = ("losses and errors" if unlike else
+                   "val losses" + " and NLL" * ("conditional" in unlike_losses)) \
             + f" cannot be compared: the models differ in --{', --'.join(sorted(unlike or unlike_losses))}" \
             + "; the test squared error can" * (not unlike and "test squared error" in known)
     figures.compare(path, f"{caption}; {warning}" if warning else caption, columns)

@@ -44,5 +44,5 @@ def test_the_speedrun_measures_each_row(workplace, capsys, monkeypatch):
     command, row = capsys.readouterr().out.splitlines()
     measured = json.loads((workplace / "results/speedrun/1/seed_1/evaluation.json").read_text())
     assert command.startswith("python train.py --dataset mnist") and "--prior flow" in command
-    assert (measured["iw_samples"], measured["images"]) == (100, 50)
+    assert (measured["iw_samples"], measured["images"]) == (500, 50)
     assert f"NLL {measured['iw_nll']:.2f} (standard error" in row and row.endswith("seeds: 1")

@@ -27,6 +27,8 @@ def test_latents_of_each_image(folder, workplace, capsys, flags):
     read = data.load(str(folder), "data", levels=checkpoint["data"]["levels"])
     images, labels = read.val.batch(torch.arange(40))
     found = np.load("results/run/latents_val.npz", allow_pickle=False)
+    oddest = found["name"][(-found["loss"]).argsort()[:3]]
+    assert f"the highest losses are of {', '.join(oddest)}\n" in capsys.readouterr().out
     z = net.embed(images, labels)
     torch.testing.assert_close(torch.from_numpy(found["z"]), z)
     assert [int(name) for name in found["label"]] == labels.tolist()

@@ -223,6 +223,10 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, monkeyp
     said = capsys.readouterr().out
     assert "losses and errors cannot be compared: the models differ in --levels\n" in said
     assert "to measure NLL and quality of samples: " in said
+    fit(folder, "--conditional", epochs=1)
+    infer.main(["--compare", "--ckpt", files[0], "checkpoints/run/best.pt"])
+    assert "val losses and NLL cannot be compared: the models differ in --conditional; " in \
+        capsys.readouterr().out
     infer.main(["--evaluate", "--ckpt", *files])
     said = capsys.readouterr().out
     assert said.count("squared_error") == 2 * 3 and "±" not in said  # no mean of different models
