@@ -199,12 +199,12 @@ def check_args(parser, args):
 def resume_args(parser, defaults, given):
     """→ the arguments of the run to resume, its checkpoint"""
     path = given.pop("resume")
-    path = path / "last.pt" if (path / "last.pt").is_file() else path
-    others = [other.as_posix() for other in sorted(path.parent.glob("*.pt")) if other != path]
+    path = path / "last.pt" if path.is_dir() else path
+    others = [other.as_posix() for other in (sorted(path.parent.glob("*.pt"))
+                                             or sorted(path.parent.glob("seed_*/last.pt"))) if other != path]
     if not path.is_file():
         killed = not others and (path.parent / "lock").exists()
-        problem = f"{str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; "
-        parser.error(f"argument --resume: {problem}" + (
+        parser.error(f"argument --resume: {str(path)!r} is not there; " + (
             "the run was killed before it was saved; start it anew, with --overwrite" if killed else
             f"only a file such as {' or '.join(others) or 'checkpoints/NAME/last.pt'}"))
     for name in given:

@@ -1,5 +1,6 @@
 """A dataset in memory, or mapped into it: uint8 images [N, C, H, W] and labels → batches of levels."""
 
+import sys
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from cli import UserError
-from datasets import DATASETS, grayscale, read_glyphs, read_named, resize
+from datasets import DATASETS, crops, grayscale, read_glyphs, read_named, resize
 from files import ARRAYS, read_own, read_paths
 from randomness import stream, stream_seed
 from utils import to_device
@@ -94,6 +95,9 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
         train, test, classes = read_glyphs(data_dir) if dataset == "glyphs" else \
             read_named(dataset, data_dir, download)
         if image_size:
+            if crops(train[0].shape[2:], image_size):
+                print("all images have another ratio of height to width than the new size; more than a "
+                      "twentieth of each is cropped away", file=sys.stderr)
             train, test = ((resize(images, image_size), labels) for images, labels in (train, test))
         if transform != "none":
             train, test = ((grayscale(images, transform), labels) for images, labels in (train, test))

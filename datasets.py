@@ -48,6 +48,12 @@ def cover(image, size):
     return ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BICUBIC)
 
 
+def crops(shape, size):
+    """Whether `cover` cuts away more than a twentieth of an image of this shape (H, W, …)."""
+    scales = shape[0] / size[0], shape[1] / size[1]
+    return min(scales) < 0.95 * max(scales)
+
+
 def resize(images, size):
     """`cover` for uint8 [N, C, H, W] in NumPy."""
     from PIL import Image

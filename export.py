@@ -141,7 +141,7 @@ def table(rows):
 
 def figure(picture, run):
     from PIL import Image
-    caption = "the samples after each epoch of training, from the prior named at the top" \
+    caption = "the samples after each epoch of training, from the prior named below them" \
         if picture.stem == "progress" else picture.stem
     with contextlib.suppress(OSError), Image.open(picture) as image:
         caption = image.info.get("Description", caption).removeprefix(f"{run}: ")  # figures.py writes it

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import UserError, one_line
-from datasets import DATASETS, cached, cover, grayscale, save_arrays, signature
+from datasets import DATASETS, cached, cover, crops, grayscale, save_arrays, signature
 
 SPLITS = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")  # names of folders
 SPLIT_LIKE = re.compile(r"(?<![A-Za-z])(?i:train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|holdout)"
@@ -57,7 +57,7 @@ def read_own(path, data_dir, image_size=None, transform="none", value_range=None
         raise UserError(f"{path} is neither one of {', '.join(DATASETS)} nor a folder of images nor an array "
                         "file")
     key = "-".join(hashlib.sha256(part).hexdigest()[:8] for part in (
-        os.fsencode(path.resolve()), repr([8, image_size, transform, value_range, stamp]).encode()))
+        os.fsencode(path.resolve()), repr([9, image_size, transform, value_range, stamp]).encode()))
 
     def make(out):
         writer = Writer(out[0], transform)
@@ -279,8 +279,8 @@ LINES = {
     "not finite": "hold values that are not finite, which become black",
     "upper 8 bits": "are in colour of 16 bits, of which Pillow reads the upper 8; .npy files keep all",
     "clipped": "have values beyond the value range, which are clipped",
-    "enlarged": "are smaller than --image_size, and are enlarged",
-    "cropped": "have another ratio of height to width than --image_size; more than a twentieth of each is "
+    "enlarged": "are smaller than the new size, and are enlarged",
+    "cropped": "have another ratio of height to width than the new size; more than a twentieth of each is "
                "cropped away",
     "palette": "have a palette, to whose colours the value range was applied",
     "nearly black": "have no value above 2 of 255; are they of another scale than the rest?",
@@ -375,9 +375,8 @@ def finish_image(pixels, image_size, found):
     elif pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if image_size and pixels.shape[:2] != tuple(image_size):
-        scales = pixels.shape[0] / image_size[0], pixels.shape[1] / image_size[1]
-        found.kinds["enlarged"] += min(scales) < 1
-        found.kinds["cropped"] += min(scales) < 0.95 * max(scales)
+        found.kinds["enlarged"] += pixels.shape[0] < image_size[0] or pixels.shape[1] < image_size[1]
+        found.kinds["cropped"] += crops(pixels.shape, image_size)
         from PIL import Image
         pixels = np.asarray(cover(Image.fromarray(np.ascontiguousarray(pixels)), image_size))
     return pixels

@@ -456,9 +456,9 @@ def compare(subjects, args):
     unlike_losses = {"loss_mode", "recon_loss", "target_beta_val", "iw_train", "conditional"} & set(differing)
     warning = ""
     if unlike or unlike_losses:
-        warning = ("losses and errors" if unlike else
+        warning = ("losses, NLL and errors" if unlike else
                    "val losses" + " and NLL" * ("conditional" in unlike_losses)) \
-            + f" cannot be compared: the models differ in --{', --'.join(sorted(unlike or unlike_losses))}" \
+            + f" cannot be compared: the models differ in --{', --'.join(sorted(unlike | unlike_losses))}" \
             + "; the test squared error can" * (not unlike and "test squared error" in known)
     figures.compare(path, f"{caption}; {warning}" if warning else caption, columns)
     runs = [subject.trained["log_dir"] for subject in subjects]
@@ -469,14 +469,15 @@ def compare(subjects, args):
         print(f"{figure:20s}", *(f"{value!s:>{max(12, len(run))}}" for run, value in zip(runs, values)))
     if warning:
         print(warning)
-    if len({evaluated(subject).get("images") for subject in subjects} - {None}) > 1:
+    if {"NLL (latents)", "frechet distance"} & set(known) \
+            and len({evaluated(subject).get("images") for subject in subjects} - {None}) > 1:
         print("NLL and figures of samples cannot be compared: they are of different numbers of test images")
     missing = [subject for subject in subjects if not evaluated(subject)]
     if missing:
         discrete = any(subject.trained["loss_mode"] == "vae" and subject.model.likelihood.is_discrete
                        for subject in missing)
-        print(f"to measure {'NLL and ' * discrete}quality of samples: python infer.py --evaluate --ckpt",
-              *(shlex.quote(subject.path.as_posix()) for subject in missing))
+        print(f"to measure {'NLL and ' * discrete}quality of samples, where they apply: python infer.py "
+              "--evaluate --ckpt", *(shlex.quote(subject.path.as_posix()) for subject in missing))
     print(path)
 
 
@@ -501,7 +502,8 @@ def comparison(subject, differing):
     def decimals(value, places=2):
         return "–" if value is None else f"{value:.{places}f}"
     unfinished = ", unfinished" * is_unfinished(subject.checkpoint)
-    nll = "–" if measured.get("iw_nll") is None else f"{measured['iw_nll']:.2f} ({measured['iw_samples']:,})"
+    nll = f"{measured['iw_nll']:.2f} ({measured['iw_samples']:,})" \
+        if {"iw_nll", "iw_samples"} <= measured.keys() else "–"
     return ([f"{trained['log_dir']}, epoch {subject.checkpoint['epoch']}{unfinished}",
              *(f"{name} {trained.get(name)}" for name in differing)],
             image_grid(mean, 6), pairs,
@@ -515,11 +517,12 @@ def comparison(subject, differing):
 
 
 def evaluated(subject):
-    """The figures of evaluation.json, if they are of this checkpoint; else an empty dictionary."""
+    """The numbers of evaluation.json by name, if they are of this checkpoint; else an empty dictionary."""
     try:
         measured = json.loads((subject.folder / "evaluation.json").read_text())
         same = Path(measured["ckpt"]).resolve() == subject.path.resolve()
-        return measured if same and measured["epoch"] == subject.checkpoint["epoch"] else {}
+        numbers = {name: value for name, value in measured.items() if isinstance(value, (int, float))}
+        return numbers if same and numbers["epoch"] == subject.checkpoint["epoch"] else {}
     except (OSError, ValueError, TypeError, KeyError):  # not measured, or damaged
         return {}
 

@@ -463,8 +463,8 @@ def print_start(args, data, state):
     steps = steps_per_epoch(data, args)
     if steps < 10 and not state.step:
         say(f"an epoch is only {steps} step{'s' * (steps > 1)}: the model may learn more with --batch_size "
-            f"{max(1, len(data.train) // 20)} and --epochs {max(args.epochs, 50)}; stop, and add these and "
-            "--overwrite to the command")
+            f"{max(1, len(data.train) // 20)} and --epochs {max(args.epochs, 50)}; stop, and start again "
+            "with these (and --overwrite, if you named the run)")
     if args.recon_loss == "categorical" and data.levels == 256:
         say("--recon_loss categorical computes a softmax of 256 levels at each pixel, which takes many times "
             "as long as --recon_loss logistic")

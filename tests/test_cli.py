@@ -114,7 +114,8 @@ WRONG = [  # (script, its arguments, what the line says)
         ("surplus", "surplus"),
         ("--batch_size 99999999999999999999", "--batch_size"), ("--seed 1" + 400 * "0", "--seed"),
         ("--device meta", "cpu"),
-        ("--dataset .", "--results_dir"), ("--resume nosuch.pt", "nosuch.pt"), ("--resume .", "a folder")]),
+        ("--dataset .", "--results_dir"), ("--resume nosuch.pt", "nosuch.pt"),
+        ("--resume .", "'last.pt' is not there")]),
     *((infer, *row) for row in [
         ("", "--ckpt"), ("--ckpt nosuch.pt", "nosuch.pt"), ("--ckpt .", "a folder"),
         ("--num_samples 0", "--num_samples"), ("--iw_samples 0", "--iw_samples"), ("--limit 5", "--evaluate"),

@@ -25,13 +25,16 @@ def test_glyphs(tmp_path):
     assert (nearest == first.test.labels).float().mean() > 0.5  # the labels are those of the pictures
 
 
-def test_mnist_is_read_split_and_resized(tmp_path):
+def test_mnist_is_read_split_and_resized(tmp_path, capsys):
     write_idx(tmp_path)
     mnist = data.load("mnist", tmp_path)
     assert [len(s) for s in (mnist.train, mnist.val, mnist.test)] == [45, 5, 20]
     assert mnist.classes == list("0123456789") and torch.equal(mnist.test.labels, torch.arange(20) % 10)
     assert len(data.load("mnist", tmp_path, limit=7).train) == 7
+    data.load("mnist", tmp_path, image_size=(20, 21))
+    assert not capsys.readouterr().err
     small = data.load("mnist", tmp_path, image_size=(14, 21), transform="grayscale3")
+    assert "more than a twentieth of each is cropped away" in capsys.readouterr().err
     assert small.shape == (3, 14, 21) and torch.equal(pixels(small.val)[:, 0], pixels(small.val)[:, 2])
     assert [len(small.train), len(small.val)] == [45, 5]
 

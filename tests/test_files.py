@@ -630,8 +630,8 @@ def test_values_of_another_scale_or_beyond_the_range_are_said(tmp_path, capsys):
     assert not capsys.readouterr().err
     data.load(str(tmp_path / "in.npy"), tmp_path, (9, 10), value_range=(255, 0))
     said = capsys.readouterr().err
-    assert "40 images are smaller than --image_size, and are enlarged" in said
-    assert "40 images have another ratio of height to width than --image_size; more than a twentieth" in said
+    assert "40 images are smaller than the new size, and are enlarged" in said
+    assert "40 images have another ratio of height to width than the new size; more than a twentieth" in said
     save(tmp_path / "12_bits.png", (4095 * blob(9, 9, 0)).astype(np.uint16))
     files.read_paths([tmp_path / "12_bits.png"], (1, 9, 9), "none", None, None)
     assert "of 0 to 65535, its values go from" in capsys.readouterr().err

@@ -176,7 +176,8 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, monkeyp
     files = [f"checkpoints/{name}/best.pt" for name in "abc"]
     measured = {"ckpt": str(Path(files[0]).resolve()), "epoch": infer.restore(files[0])[1]["epoch"],
                 "frechet_distance": 1.5, "frechet_distance_model_prior": 9.25, "coverage": 0.25}
-    for wrong in ([], {**measured, "epoch": 7}, {**measured, "ckpt": files[1]}):  # not of these checkpoints
+    for wrong in ([], {**measured, "epoch": 7}, {**measured, "ckpt": files[1]},  # not of these checkpoints
+                  {**measured, "frechet_distance": "x", "iw_nll": 80.0, "images": [1]}):  # or damaged
         Path("results/run/evaluation.json").write_text(json.dumps(wrong))
         infer.main(["--compare", "--ckpt", files[0], files[2]])
         assert "frechet distance" not in drawn["compare"][2][0][3]
@@ -216,13 +217,14 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, monkeyp
     assert ["run", "run", "run"] in map(str.split, said) and any("parameters" in line for line in said)
     assert "val losses cannot be compared: the models differ in --loss_mode, --recon_loss; the test " \
         "squared error can" in said
-    assert f"to measure quality of samples: python infer.py --evaluate --ckpt {files[1]} {files[2]}" in said
+    assert "to measure quality of samples, where they apply: python infer.py --evaluate --ckpt " \
+        f"{files[1]} {files[2]}" in said
     assert ["--latent_size", "2", "6", "4"] in map(str.split, said)
     fit(folder, "--levels=2", epochs=1)
     infer.main(["--compare", "--ckpt", files[0], "checkpoints/run/best.pt"])
     said = capsys.readouterr().out
-    assert "losses and errors cannot be compared: the models differ in --levels\n" in said
-    assert "to measure NLL and quality of samples: " in said
+    assert "losses, NLL and errors cannot be compared: the models differ in --levels, --recon_loss\n" in said
+    assert "to measure NLL and quality of samples, where they apply: " in said
     fit(folder, "--conditional", epochs=1)
     infer.main(["--compare", "--ckpt", files[0], "checkpoints/run/best.pt"])
     assert "val losses and NLL cannot be compared: the models differ in --conditional; " in \
@@ -230,11 +232,13 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, monkeyp
     infer.main(["--evaluate", "--ckpt", *files])
     said = capsys.readouterr().out
     assert said.count("squared_error") == 2 * 3 and "±" not in said  # no mean of different models
-    assert "different numbers of images" not in said
-    monkeypatch.setattr(pictures, "evaluated", lambda subject: {"images": str(subject.path)})
-    infer.main(["--compare", "--ckpt", *files])
-    said = capsys.readouterr().out
-    assert "of different numbers of test images" in said and "to measure" not in said
+    for sizes in (40, 40, 40), (40, 40, 39):
+        numbers = {Path(file): {"coverage": 0.5, "frechet_distance": 2.0, "images": n}
+                   for file, n in zip(files, sizes)}
+        monkeypatch.setattr(pictures, "evaluated", lambda subject: numbers[subject.path])
+        infer.main(["--compare", "--ckpt", *files])
+        said = capsys.readouterr().out
+        assert ("of different numbers of test images" in said) == (39 in sizes) and "to measure" not in said
     assert outcome(infer.main, ["--ckpt", *files], capsys)[0] == 2
     assert outcome(infer.main, ["--compare", "--ckpt", files[0]], capsys)[0] == 2
 

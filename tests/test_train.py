@@ -357,6 +357,8 @@ def test_a_group_of_seeds_keeps_what_it_cannot_go_on_with(folder, workplace, mon
     train.main(seeds)
     # a renamed group
     os.rename("checkpoints/run", "checkpoints/other")
+    status, error = outcome(train.main, ["--resume", "checkpoints/other"], capsys)
+    assert status == 2 and "only a file such as checkpoints/other/seed_1/last.pt" in error
     train.main(["--resume", "checkpoints/other/seed_1/last.pt", "--epochs", "2"])
     assert Path("results/other/seed_1/test.json").exists() and not Path("results/seed_1").exists()
 
