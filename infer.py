@@ -173,7 +173,8 @@ def parse_args(argv=None):
     add("--iw_samples", type=number(int, 1), default=500, metavar="K",
         help="with --evaluate: latents per image for the likelihood")
     add("--limit", type=number(int, 1), metavar="N",
-        help="with --evaluate: only a fixed random N of the test images (default: all)")
+        help="with --evaluate: only a fixed random N of the test images (default: all; the quality of "
+             "samples needs 2,000)")
     add = parser.add_argument_group("places and machine").add_argument
     add("--results_dir", metavar="DIR", help="where pictures go (default: the --results_dir of the training)")
     add("--dataset", metavar="PATH",

@@ -460,18 +460,19 @@ def compare(subjects, args):
                    "val losses" + " and NLL" * ("conditional" in unlike_losses)) \
             + f" cannot be compared: the models differ in --{', --'.join(sorted(unlike | unlike_losses))}" \
             + "; the test squared error can" * (not unlike and "test squared error" in known)
-    figures.compare(path, f"{caption}; {warning}" if warning else caption, columns)
+    sizes = {measured.get("images") for measured in map(evaluated, subjects)
+             if {"iw_nll", "frechet_distance"} & measured.keys()} - {None}
+    warnings = [warning] * bool(warning) + [
+        "NLL and figures of samples cannot be compared: they are of different numbers of test images"
+        ] * (len(sizes) > 1)
+    figures.compare(path, "; ".join([caption, *warnings]), columns)
     runs = [subject.trained["log_dir"] for subject in subjects]
     rows = [("", runs), *((f"--{name}", [subject.trained.get(name) for subject in subjects])
                           for name in differing),
             *((name, [column[3][name] for column in columns]) for name in known)]
     for figure, values in rows:
         print(f"{figure:20s}", *(f"{value!s:>{max(12, len(run))}}" for run, value in zip(runs, values)))
-    if warning:
-        print(warning)
-    if {"NLL (latents)", "frechet distance"} & set(known) \
-            and len({evaluated(subject).get("images") for subject in subjects} - {None}) > 1:
-        print("NLL and figures of samples cannot be compared: they are of different numbers of test images")
+    print(*warnings, sep="\n", end="\n" * bool(warnings))
     missing = [subject for subject in subjects if not evaluated(subject)]
     if missing:
         discrete = any(subject.trained["loss_mode"] == "vae" and subject.model.likelihood.is_discrete

@@ -239,6 +239,10 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, monkeyp
         infer.main(["--compare", "--ckpt", *files])
         said = capsys.readouterr().out
         assert ("of different numbers of test images" in said) == (39 in sizes) and "to measure" not in said
+        assert ("of different numbers of test images" in drawn["compare"][1]) == (39 in sizes)
+    numbers[Path(files[2])].pop("frechet_distance")  # it has no figures of samples
+    infer.main(["--compare", "--ckpt", *files])
+    assert "of different numbers" not in capsys.readouterr().out
     assert outcome(infer.main, ["--ckpt", *files], capsys)[0] == 2
     assert outcome(infer.main, ["--compare", "--ckpt", files[0]], capsys)[0] == 2
 
