@@ -454,17 +454,18 @@ def compare(subjects, args):
     caption = f"samples from {' or '.join(priors)}; test images, the reconstruction below each"
     unlike = {"dataset", "value_range", "levels", "binarize", "image_size", "transform"} & set(differing)
     unlike_losses = {"loss_mode", "recon_loss", "target_beta_val", "iw_train", "conditional"} & set(differing)
-    warning = ""
+    warnings = []
     if unlike or unlike_losses:
-        warning = ("losses, NLL and errors" if unlike else
-                   "val losses" + " and NLL" * ("conditional" in unlike_losses)) \
-            + f" cannot be compared: the models differ in --{', --'.join(sorted(unlike | unlike_losses))}" \
-            + "; the test squared error can" * (not unlike and "test squared error" in known)
+        what = "losses, NLL and errors" if unlike else \
+            "val losses" + " and NLL" * ("conditional" in unlike_losses)
+        warnings.append(
+            f"{what} cannot be compared: the models differ in --{', --'.join(sorted(unlike | unlike_losses))}"
+            + "; the test squared error can" * (not unlike and "test squared error" in known))
     sizes = {measured.get("images") for measured in map(evaluated, subjects)
              if {"iw_nll", "frechet_distance"} & measured.keys()} - {None}
-    warnings = [warning] * bool(warning) + [
-        "NLL and figures of samples cannot be compared: they are of different numbers of test images"
-        ] * (len(sizes) > 1)
+    if len(sizes) > 1:
+        warnings.append("NLL and figures of samples cannot be compared: they are of different numbers of "
+                        "test images")
     figures.compare(path, "; ".join([caption, *warnings]), columns)
     runs = [subject.trained["log_dir"] for subject in subjects]
     rows = [("", runs), *((f"--{name}", [subject.trained.get(name) for subject in subjects])
