@@ -10,7 +10,7 @@ import torch
 
 from cli import UserError
 from datasets import DATASETS, crops, grayscale, read_glyphs, read_named, resize
-from files import ARRAYS, read_own, read_paths
+from files import ARRAYS, LINES, read_own, read_paths
 from randomness import stream, stream_seed
 from utils import to_device
 
@@ -96,8 +96,7 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
             read_named(dataset, data_dir, download)
         if image_size:
             if crops(train[0].shape[2:], image_size):
-                print("all images have another ratio of height to width than the new size; more than a "
-                      "twentieth of each is cropped away", file=sys.stderr)
+                print(f"all images {LINES['cropped']}", file=sys.stderr)
             train, test = ((resize(images, image_size), labels) for images, labels in (train, test))
         if transform != "none":
             train, test = ((grayscale(images, transform), labels) for images, labels in (train, test))

@@ -452,20 +452,8 @@ def compare(subjects, args):
     path.parent.mkdir(parents=True, exist_ok=True)
     priors = dict.fromkeys(subject.prior_name for subject in subjects)
     caption = f"samples from {' or '.join(priors)}; test images, the reconstruction below each"
-    unlike = {"dataset", "value_range", "levels", "binarize", "image_size", "transform"} & set(differing)
-    unlike_losses = {"loss_mode", "recon_loss", "target_beta_val", "iw_train", "conditional"} & set(differing)
-    warnings = []
-    if unlike or unlike_losses:
-        what = "losses, NLL and errors" if unlike else \
-            "val losses" + " and NLL" * ("conditional" in unlike_losses)
-        warnings.append(
-            f"{what} cannot be compared: the models differ in --{', --'.join(sorted(unlike | unlike_losses))}"
-            + "; the test squared error can" * (not unlike and "test squared error" in known))
-    sizes = {measured.get("images") for measured in map(evaluated, subjects)
-             if {"iw_nll", "frechet_distance"} & measured.keys()} - {None}
-    if len(sizes) > 1:
-        warnings.append("NLL and figures of samples cannot be compared: they are of different numbers of "
-                        "test images")
+    measured = [evaluated(subject) for subject in subjects]
+    warnings = comparison_warnings(differing, measured, "test squared error" in known)
     figures.compare(path, "; ".join([caption, *warnings]), columns)
     runs = [subject.trained["log_dir"] for subject in subjects]
     rows = [("", runs), *((f"--{name}", [subject.trained.get(name) for subject in subjects])
@@ -474,13 +462,35 @@ def compare(subjects, args):
     for figure, values in rows:
         print(f"{figure:20s}", *(f"{value!s:>{max(12, len(run))}}" for run, value in zip(runs, values)))
     print(*warnings, sep="\n", end="\n" * bool(warnings))
-    missing = [subject for subject in subjects if not evaluated(subject)]
+    missing = [subject for subject, found in zip(subjects, measured) if not found]
     if missing:
         discrete = any(subject.trained["loss_mode"] == "vae" and subject.model.likelihood.is_discrete
                        for subject in missing)
         print(f"to measure {'NLL and ' * discrete}quality of samples, where they apply: python infer.py "
               "--evaluate --ckpt", *(shlex.quote(subject.path.as_posix()) for subject in missing))
     print(path)
+
+
+def comparison_warnings(differing, measured, has_error):
+    """A line for each reason why figures of models cannot be compared.
+
+    differing: the arguments in which they differ; measured: see `evaluated`, of each model
+    has_error: whether the table has a test squared error
+    """
+    unlike = {"dataset", "value_range", "levels", "binarize", "image_size", "transform"} & set(differing)
+    unlike_losses = {"loss_mode", "recon_loss", "target_beta_val", "iw_train", "conditional"} & set(differing)
+    warnings = []
+    if unlike or unlike_losses:
+        what = "losses, NLL and errors" if unlike else \
+            "val losses" + " and NLL" * ("conditional" in unlike_losses)
+        warnings.append(
+            f"{what} cannot be compared: the models differ in --{', --'.join(sorted(unlike | unlike_losses))}"
+            + "; the test squared error can" * (not unlike and has_error))
+    sizes = {found.get("images") for found in measured if {"iw_nll", "frechet_distance"} & found.keys()}
+    if len(sizes - {None}) > 1:
+        warnings.append("NLL and figures of samples cannot be compared: they are of different numbers of "
+                        "test images")
+    return warnings
 
 
 def comparison(subject, differing):
