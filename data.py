@@ -83,7 +83,8 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     """Read a dataset. Large ones are mapped into memory, not read into it.
 
     dataset: a name in DATASETS, or the path of a folder of images or of an array file (.npy, .npz)
-    image_size: (H, W) to which images are resized and centre-cropped; None keeps their size
+    image_size: (H, W), or one number for both, to which images are resized and centre-cropped; None keeps
+    their size
     levels: 256 as stored, 16 (4-bit), or 2; binarize: threshold (> 0.5) or stochastic, for 2 levels
     transform: none, grayscale (one channel) or grayscale3 (the same in three channels)
     limit: keep the first so many images of the training split
@@ -91,6 +92,8 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     → Data. Raises UserError if the dataset cannot be read.
     """
     data_dir = Path(data_dir)
+    if image_size is not None:  # a list, as from the command line, so that both find the same cache
+        image_size = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
     if dataset in DATASETS:
         train, test, classes = read_glyphs(data_dir) if dataset == "glyphs" else \
             read_named(dataset, data_dir, download)

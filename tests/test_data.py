@@ -40,6 +40,13 @@ def test_stochastic_val_and_test_are_one_fixed_draw_and_train_a_fresh_one(folder
     assert torch.equal(first, a.train.batch(index, 1, "binarize", 1)[0])
 
 
+def test_one_number_is_the_height_and_the_width(folder, tmp_path):
+    sizes = 16, (16, 16), [16, 16]
+    square, *others = (data.load(str(folder), tmp_path, image_size=size) for size in sizes)
+    assert square.shape[1:] == (16, 16) and len(list((tmp_path / "cache").iterdir())) == 1  # decoded once
+    assert all(torch.equal(pixels(square.test), pixels(other.test)) for other in others)
+
+
 def test_flip_mirrors_half_of_the_training_images_and_no_others(folder, tmp_path):
     args, _ = arguments.parse_args([f"--dataset={folder}", "--loss_mode=ae", "--flip"])
     split, order = data.load(str(folder), tmp_path).train, torch.randperm(320)
