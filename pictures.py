@@ -290,8 +290,8 @@ def classes(subject, columns=10):
     z = torch.cat([subject.model.sample_latents(
         columns, label.expand(columns), subject.args.temperature, stream(subject.args.seed, "classes"),
         subject.fitted) for label in labels])
-    subject.save("classes.png", figures.labelled_grid, "a row for each class, the same noise in each column, "
-                 f"samples from {subject.prior_name}",
+    subject.save("classes.png", figures.labelled_grid, "a row for each class, the same noise in each column: "
+                 f"mean images of samples from {subject.prior_name}",
                  subject.model.mean_images(z, labels.repeat_interleave(columns)), columns,
                  [subject.about["classes"][label] for label in labels.tolist()])
 
@@ -361,10 +361,11 @@ def nearest(subject, n=8, k=9):
     if labels is not None:
         names = [f"{subject.about['classes'][label]}: " for label in labels.tolist()]
     shown = torch.cat([asked[:n, None], found], 1)
+    low, middle = distances[n:, 0].quantile(distances.new_tensor([0.1, 0.5])).tolist()
     subject.save("nearest.png", figures.labelled_grid, f"mean images of samples from {subject.prior_name}, "
                  f"and the {shown.shape[1] - 1} training images nearest to each, with the Euclidean distance "
-                 "of the nearest. A reconstructed test image has its nearest training image at "
-                 f"{distances[n:, 0].median():.2f} (median); distances far below that mean memorised images",
+                 f"of the nearest. Reconstructed test images have theirs at {middle:.2f} (median), "
+                 f"one in ten below {low:.2f}; samples that are mostly nearer than this are memorised",
                  shown.view(-1, *subject.model.shape), shown.shape[1],
                  [f"{name}{distance:.2f}" for name, distance in zip(names, away)],
                  ["sample", "nearest", *map(str, range(2, shown.shape[1]))])
