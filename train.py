@@ -210,7 +210,7 @@ def run(args, data, checkpoint, signals):
         if RANK == 0:
             runs.write_json(results / "test.json", test)
         print_test(test, args, len(data.test), error_ratio(state.evaluated, data),
-                   steps_per_epoch(data, args))
+                   steps_per_epoch(data, args) * args.epochs)
         log.close(state.history)
         best = shlex.quote((checkpoints / "best.pt").as_posix())
         say(f"wrote {results} and {checkpoints / 'best.pt'}\ndraw:    python infer.py --ckpt {best}\n"
@@ -460,11 +460,13 @@ def print_start(args, data, state):
         named = [f"{name} ({count:,})" for name, count in zip(data.classes[:5], counts)]
         say(f"{len(counts)} classes, with their training images: {', '.join(named)}"
             + ", …" * (len(counts) > 5))
-    steps = steps_per_epoch(data, args)
-    if steps < 10 and not state.step:
-        say(f"an epoch is only {steps} step{'s' * (steps > 1)}: the model may learn more with --batch_size "
-            f"{max(1, len(data.train) // 20)} and --epochs {max(args.epochs, 50)}; stop, and start again "
-            "with these (and --overwrite, if you named the run)")
+    steps = steps_per_epoch(data, args) * args.epochs
+    if len(data.train) < 10_000 and steps < 1000 and not state.step:
+        batch_size = min(args.batch_size, max(1, len(data.train) // 20))
+        epochs = max(args.epochs, math.ceil(1000 / math.ceil(len(data.train) / batch_size)))
+        say(f"the run has only {steps:,} step{'s' * (steps > 1)}: the model may learn more with --batch_size "
+            f"{batch_size} and --epochs {epochs}; stop, and start again with these (and --overwrite, if you "
+            "named the run)")
     if args.recon_loss == "categorical" and data.levels == 256:
         say("--recon_loss categorical computes a softmax of 256 levels at each pixel, which takes many times "
             "as long as --recon_loss logistic")
@@ -485,7 +487,7 @@ def print_epoch(row, args, state):
 def print_test(test, args, images, ratio, steps):
     """The test figures, and advice if nothing was learned, or if the posterior has collapsed onto the prior.
 
-    images: how many; ratio: as error_ratio returns it; steps: of an epoch
+    images: how many; ratio: as error_ratio returns it; steps: of the run
     """
     say("test images" + f" (only {images}, so these figures are rough)" * (images < 100)
         + f", by epoch {test['epoch']}, the best in validation: " + describe(test, "test_"))
@@ -499,7 +501,7 @@ def print_test(test, args, images, ratio, steps):
     if ratio > (1.1 if collapsed else 0.99):  # a collapsed model decodes the mean image, whose ratio is 1
         say(f"nothing was learned: reconstructions are no better than the mean test image ({ratio:.2f} times "
             "its squared error). What may help: " + (
-                "more steps, by a smaller --batch_size and more --epochs" if steps < 10 else
+                "more steps, by a smaller --batch_size and more --epochs" if steps < 1000 else
                 f"more --epochs, a smaller --lr than {args.lr:g}"
                 + ", --grad_clip 1000" * (not args.grad_clip)))
     elif collapsed:

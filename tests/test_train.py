@@ -187,7 +187,7 @@ def test_what_a_run_says_at_its_start(folder, workplace, capsys):
     said = capsys.readouterr().out
     read = data.load(str(folder), workplace, limit=300)
     assert f"10 classes, with their training images: 0 ({int((read.train.labels == 0).sum())})" in said
-    assert "an epoch is only 2 steps: the model may learn more with --batch_size 15 and --epochs 50" in said
+    assert "the run has only 2 steps: the model may learn more with --batch_size 15 and --epochs 50" in said
     fit(folder, "--recon_loss=categorical", "--limit=10", epochs=1)
     assert "--recon_loss logistic" in capsys.readouterr().out
     fit(folder, "--beta_mode=linear", "--target_beta_val=0.8", "--limit=32", epochs=2)
