@@ -1,8 +1,9 @@
 """The arguments of train.py: what they are, what contradicts what, and those of a run that is resumed.
 
 To add one, add it to make_parser; train.py finds it in `args`. One that a model is built from goes into
-model.build too, and VERSION of runs.py up, because older checkpoints lack it; one that changes no result goes
-into NO_EFFECT of runs.py.
+model.build too; then raise VERSION in runs.py, because older checkpoints lack it, and make those of the
+clone anew. One that changes no result goes into NO_EFFECT in runs.py; one whose effect depends on --epochs
+goes into `scheduled`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from data import dataset_problem
 from datasets import DATASETS
 from distributions import LIKELIHOODS, PRIORS, default_likelihood
 from networks import NETWORKS
+from optim import OPTIMIZERS
 from training_state import is_whole, verify_checkpoint
 
 
@@ -82,7 +84,7 @@ def make_parser():
     add("--epochs", "--user_epochs", type=number(int, 1), default=10, metavar="N",
         help="passes over the training images")
     add("--batch_size", type=number(int, 1), default=128, metavar="N", help="images in a step")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw",
+    add("--optimizer", choices=list(OPTIMIZERS), default="adamw",
         help="muon: orthogonalised steps for matrices, those of AdamW for the rest")
     add("--lr", "--learning_rate", type=number(float, 0, above=True), default=2e-3, metavar="LR",
         help="learning rate")
@@ -138,9 +140,11 @@ def parse_args(argv=None):
     if args.image_size:
         args.image_size = [args.image_size[0], args.image_size[-1]]
     args.command = shlex.join(["python", "train.py", *map(str, sys.argv[1:] if argv is None else argv)])
-    unused = {"target_beta_val": "ae", "beta_mode": "ae", "hidden_dims": "cnn", "num_filters": "mlp"}
+    unused = {"target_beta_val": "ae", "beta_mode": "ae"} if args.loss_mode == "ae" else {}
+    unused |= {name: args.model for name in ("hidden_dims", "num_filters")
+               if name not in NETWORKS[args.model][2]}
     for name, where in unused.items():
-        if name in given and where in (args.loss_mode, args.model):
+        if name in given:
             warn(f"--{name} changes nothing with {where}")
     return args, None
 
@@ -175,10 +179,10 @@ def check_args(parser, args):
         if args.loss_mode == "ae" and vars(args)[name] != parser.get_default(name):
             parser.error(f"argument --{name}: goes with --loss_mode vae, not ae")
     if args.prior != "flow" and args.prior_layers != parser.get_default("prior_layers"):
-        parser.error(f"argument --prior_layers: {args.prior_layers} goes with --prior flow, not normal")
-    if args.prior == "flow" and args.free_bits:
-        parser.error(f"argument --free_bits: {args.free_bits} does not go with --prior flow, whose KL has no "
-                     "parts by dimension")
+        parser.error(f"argument --prior_layers: {args.prior_layers} goes with --prior flow, not {args.prior}")
+    if args.prior != "normal" and args.free_bits:
+        parser.error(f"argument --free_bits: {args.free_bits} does not go with --prior {args.prior}, whose "
+                     "KL has no parts by dimension")
     if args.warp > 1:
         parser.error(f"argument --warp: {args.warp:g} is not allowed, only a share of the epochs from 0 to 1")
     if args.ema >= 1:

@@ -1,6 +1,7 @@
 """How fast training is, and how far from the limits of this machine: python benchmark.py --help"""
 
 import processors  # isort: skip (before torch)
+import csv
 import functools
 import json
 import multiprocessing
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import arguments
 import train
 from cli import ArgumentParser, UserError, keep_freed_memory, number, run_script
-from data import load, quantize
+from data import load_with, quantize
 from datasets import NAMED, import_torchvision
 from model import build
 from networks import NETWORKS
@@ -78,8 +79,7 @@ def measure(argv, images, repeats, baseline):
     args, _ = arguments.parse_args(argv)
     args.epochs = 1 + repeats  # --warp is for a share of them
     device = torch.device(args.device)
-    data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize, args.transform,
-                max(1, images // args.batch_size) * args.batch_size, device)
+    data = load_with(vars(args), limit=max(1, images // args.batch_size) * args.batch_size)
     n, batch_size = len(data.train), min(args.batch_size, len(data.train))
     state = train.begin_or_resume(args, data, None)
     batch, labels = data.train.batch(torch.arange(batch_size), args.seed, "binarize")
@@ -277,8 +277,8 @@ def busy(argv, repeats):
 
     def epochs(folder):
         path = Path(folder, "results/run/metrics.csv")
-        rows = path.read_text().splitlines()[1:] if path.exists() else []
-        return [float(row.split(",")[-1]) for row in rows]
+        rows = csv.DictReader(path.read_text().splitlines() if path.exists() else [])
+        return [float(row["seconds"]) for row in rows]
     alone, worst = [], {"later": 0.0, "together": 0.0, "computing": 0.0}
     for _ in range(repeats):
         took = {}

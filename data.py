@@ -87,7 +87,7 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
     their size
     levels: 256 as stored, 16 (4-bit), or 2; binarize: threshold (> 0.5) or stochastic, for 2 levels
     transform: none, grayscale (one channel) or grayscale3 (the same in three channels)
-    limit: keep the first so many images of the training split
+    limit: keep the first `limit` images of the training split
     value_range: of a folder or an array file, the values that become black and white
     → Data. Raises UserError if the dataset cannot be read.
     """
@@ -122,6 +122,13 @@ def load(dataset, data_dir="data", image_size=None, levels=256, binarize="thresh
         splits[1:] = fixed_draw(splits[1], "val"), fixed_draw(splits[2], "test")
     return Data(*on_device(splits, torch.device(device)), tuple(train[0].shape[1:]), levels, classes, crc32,
                 untyped)
+
+
+def load_with(arguments, **changed):
+    """`load` with the arguments of train.py, a dictionary, and some that are changed or added"""
+    names = ("dataset", "data_dir", "image_size", "levels", "binarize", "transform", "limit", "device",
+             "value_range")
+    return load(**{name: arguments[name] for name in names} | changed)
 
 
 def dataset_problem(name):

@@ -1,7 +1,8 @@
 """Datasets that have a name: those of torchvision, and glyphs that are made on the spot; the cache of plain
 .npy files. Folders and array files are read in files.py.
 
-To add a dataset of torchvision, add a line to NAMED. To add another source, write a function such as
+To add a dataset of torchvision whose class takes `train` and has `data`, `targets` and `classes`, as CIFAR10,
+add a line to NAMED. To add another source, write a function such as
 read_glyphs, add its name to DATASETS, and call it in data.load.
 """
 

@@ -3,7 +3,7 @@ mixture.
 
 A likelihood says how many numbers the decoder gives for a pixel (the params), and what they mean. To add one,
 write a class with the members of SquaredError (an nn.Module if it has parameters, as Gaussian) and put its
-name into LIKELIHOODS; no other code changes.
+name into LIKELIHOODS; besides, only the help of --recon_loss names it.
 
 Below, images are integer levels [B, C, H, W], and params are [B, channels(C), H, W] from the decoder.
 """
@@ -46,6 +46,8 @@ class SquaredError:
     def draw(self, params, generator=None):
         """Integer levels drawn from the distribution (here the levels nearest to the mean)
         → uint8 [B, C, H, W]
+
+        generator: on the CPU; all random numbers must come from it
         """
         return nearest_levels(self.mean(params), self.levels)
 

@@ -46,7 +46,7 @@ WORDS = {"neg_elbo": "nats per image, lower is better",
 def evaluate(model, data, args):
     """The figures of evaluation.json: means over the test images, or over args.limit of them.
 
-    neg_elbo, rec, kl: the negative ELBO and its two terms, nats per image; bpd: the ELBO in bits/dim
+    neg_elbo, rec, kl: the negative ELBO and its two terms, nats per image; bpd: neg_elbo in bits/dim
     iw_nll: the negative log-likelihood by importance sampling (Burda et al. 2016, eq. 8), nats per image,
         with args.iw_samples latents per image; iw_nll_se: its standard error over the images
     squared_error: of the reconstruction, summed over pixels in [0, 1]; psnr: of its mean, in dB
@@ -93,7 +93,7 @@ def each_image(model, split, args, draws=16):
 
     label: the number of the class; z [N, D]: of a VAE the posterior's mean, and std [N, D]: its standard
         deviation
-    kl: of q(z|x) from the prior, nats; loss: −log p(x|z) + kl, the mean over so many draws of z. That is the
+    kl: of q(z|x) from the prior, nats; loss: −log p(x|z) + kl, the mean over `draws` draws of z. That is the
         −ELBO, in nats, unless the likelihood is none (mse, and bce of grey images). An AE has no std and kl.
     squared_error: of the reconstruction of z, summed over pixels in [0, 1]
     """
@@ -185,8 +185,8 @@ def evaluate_samples(model, data, grey, args, folder):
     prior: what samples are drawn from, in words
     frechet_distance and others: see sample_quality; of a model with two priors also for the trained one, as
         frechet_distance_model_prior and so on
-    frechet_floor: the distance of training images that the judge has not seen from the test images, with
-        pixels of as many levels
+    frechet_floor: the distance between the test images and training images that the judge has not seen, both
+        with the levels of the model
     judge_accuracy: on the test images, the mean over classes
     samples_judged, train_images_judged: how many images were compared; of precision, recall, density and
         coverage at most MOST_COMPARED
@@ -340,8 +340,8 @@ def frechet_distance(a, b):
 
 
 def manifold_metrics(real, drawn, k=NEIGHBOURS):
-    """real [N, D], drawn [M, D] → figures from balls around each of one kind, which reach to the k-th nearest
-    of the same kind (Kynkäänniemi et al. 2019; Naeem et al. 2020)
+    """real [N, D], drawn [M, D] → figures from balls around the points of one set; each reaches to the k-th
+    nearest point of the same set (Kynkäänniemi et al. 2019; Naeem et al. 2020)
 
     precision: the share of the drawn that lie in a ball of a real one; recall: the other way round
     density: how many balls of real ones a drawn one lies in, on average, divided by k; it may be above 1

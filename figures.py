@@ -104,7 +104,7 @@ def draw_metric(axis, history, key, title):
         if max(values) > 2 * high - low > high:
             axis.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))
             axis.set_title(f"{title} (first epoch off the scale)", fontsize="medium")
-    if key in ("loss", "rec", "kl"):  # a squared error has no unit
+    if key in ("loss", "rec", "kl"):  # without bits/dim, it may be a squared error
         axis.set_ylabel("nats per image" if key == "kl" or "val_bpd" in history[0] else "per image")
     if key == "beta":
         axis.set_ylim(bottom=0)

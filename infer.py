@@ -12,7 +12,7 @@ import torch
 import cli
 import figures
 from cli import ArgumentParser, UserError, default_device, device_type, number, one_line, run_script
-from data import dataset_problem, load, own_images
+from data import dataset_problem, load_with, own_images
 from datasets import DATASETS
 from distributions import Mixture
 from evaluate import evaluate, evaluate_samples, print_metrics
@@ -52,7 +52,7 @@ def draw(subject):
     out.
     """
     subject.folder.mkdir(parents=True, exist_ok=True)
-    if {"samples", "classes"} & set(subject.args.only or PICTURES):
+    if {"samples", "classes", "nearest"} & set(subject.args.only or PICTURES):
         warn_without_mixture(subject)
     left_out, names = [], subject.args.only or PICTURES
     for name in names:
@@ -77,7 +77,7 @@ def warn_without_mixture(subject):
     if subject.model.fitted is None and prior is not None and prior.wants_mixture \
             and subject.args.prior != "model":
         print("no mixture is fitted to the latents of this checkpoint (best.pt gets one when the run ends): "
-              "samples are drawn from N(0, I), and look worse", file=sys.stderr)
+              f"samples are drawn from {prior.description}, and look worse", file=sys.stderr)
 
 
 def quality(subject):
@@ -86,9 +86,8 @@ def quality(subject):
     folder = Path(args.data_dir or trained["data_dir"])
 
     def grey():
-        return load(args.dataset or trained["dataset"], folder, trained["image_size"], 256, "threshold",
-                    trained["transform"], None, args.device, download=False,
-                    value_range=trained["value_range"])
+        return load_with(trained, dataset=args.dataset or trained["dataset"], data_dir=folder, levels=256,
+                         binarize="threshold", limit=None, device=args.device, download=False)
     return evaluate_samples(subject.model, subject.data, grey, args, folder / "cache")
 
 
@@ -123,8 +122,8 @@ def export(subject, split, own_classes):
     """
     classes = subject.about["classes"]
     if subject.args.images and subject.conditional:
-        if len(subject.classes) == 1:
-            split.labels[:] = subject.classes
+        if len(subject.asked_labels) == 1:
+            split.labels[:] = subject.asked_labels
         elif not subject.args.classes and set(own_classes) <= set(classes):
             number = torch.tensor([classes.index(name) for name in own_classes]).to(split.labels)
             split.labels = number[split.labels]
@@ -230,7 +229,7 @@ def open_checkpoint(path, args):
     if args.classes and not subject.conditional:
         raise UserError(f"--classes: {path} is not a conditional model")
     if subject.conditional:
-        _ = subject.classes  # raises now, before anything is drawn, if one does not exist
+        _ = subject.asked_labels  # raises now, before anything is drawn, if one does not exist
     if not (args.images or args.export_samples) and NEED_DATA & set(args.only or NEED_DATA):
         try:
             subject.data = read_data(args, trained, checkpoint["data"])
@@ -247,9 +246,8 @@ def open_checkpoint(path, args):
 def read_data(args, trained, about):
     """The dataset of a checkpoint. Raises UserError if it is another one, or not on this machine."""
     name = args.dataset or trained["dataset"]
-    data = load(name, args.data_dir or trained["data_dir"], trained["image_size"], trained["levels"],
-                trained["binarize"], trained["transform"], trained["limit"], args.device, download=False,
-                value_range=trained["value_range"])
+    data = load_with(trained, dataset=name, data_dir=args.data_dir or trained["data_dir"], device=args.device,
+                     download=False)
     differing = [part for part in ("shape", "levels", "classes") if data.about()[part] != about[part]]
     if differing:
         raise UserError(f"{name} is not what the model was trained on (it differs in "

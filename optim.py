@@ -38,6 +38,10 @@ class AdamW(torch.optim.AdamW):
     add_param_group, state_dict, load_state_dict = map(inspect.unwrap, (
         torch.optim.AdamW.add_param_group, torch.optim.AdamW.state_dict, torch.optim.AdamW.load_state_dict))
 
+    def moments(self, parameter):
+        """The names of the tensors in a parameter's state that have its shape"""
+        return "exp_avg", "exp_avg_sq"
+
     def zero_grad(self):
         for parameter in self.param_groups[0]["params"]:
             parameter.grad = None
@@ -75,6 +79,9 @@ class Muon(AdamW):
             if parameter.ndim > 1:
                 self.by_shape.setdefault(parameter.shape, []).append(parameter)
 
+    def moments(self, parameter):
+        return ("exp_avg",) if parameter.ndim > 1 else super().moments(parameter)
+
     @torch.no_grad()
     def step(self):
         options = self.param_groups[0]
@@ -93,6 +100,9 @@ class Muon(AdamW):
                 matrix.mul_(1 - options["lr"] * options["weight_decay"])
                 matrix.add_(update.view(shape), alpha=-options["lr"] * length)
         super().step()
+
+
+OPTIMIZERS = {"adamw": AdamW, "muon": Muon}  # a new one needs `moments`, by which checkpoints are verified
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class Subject:
         print(self.folder / name)
 
     @cached_property
-    def classes(self):
+    def asked_labels(self):
         """The labels of --classes, or of all classes, int64 [n]. If no class has a number for its name,
         --classes may give numbers. Raises UserError if a class does not exist.
         """
@@ -81,16 +81,17 @@ class Subject:
         return [f"{name}_{label}" if alike else name for label, name in enumerate(names)]
 
     def few_classes(self, picture, most=32):
-        """The first of `classes`, int64 [n]; a line says how many are left out of a picture."""
-        if len(self.classes) > most:
-            print(f"{picture}: the first {most} of {len(self.classes):,} classes; --classes names others")
-        return self.classes[:most]
+        """The first of `asked_labels`, int64 [n]; a line says how many are left out of a picture."""
+        if len(self.asked_labels) > most:
+            print(f"{picture}: the first {most} of {len(self.asked_labels):,} classes; --classes names "
+                  "others")
+        return self.asked_labels[:most]
 
     def shuffled(self, purpose):
         """The indices of the test images (of the chosen classes) in a random order, int64 [n]"""
         split = self.data.test
         order = torch.randperm(len(split), generator=stream(self.args.seed, purpose)).to(self.args.device)
-        return order[torch.isin(split.labels[order], self.classes)] if self.conditional else order
+        return order[torch.isin(split.labels[order], self.asked_labels)] if self.conditional else order
 
     def test_images(self, index):
         """→ test images in [0, 1], their latents, their labels"""
@@ -100,7 +101,8 @@ class Subject:
     def even_labels(self, n):
         """n labels, the same number of each class; None if the model is not conditional"""
         if self.conditional:
-            return self.classes[torch.arange(n, device=self.args.device) * len(self.classes) // n]
+            chosen = torch.arange(n, device=self.args.device) * len(self.asked_labels) // n
+            return self.asked_labels[chosen]
 
     def sample(self, n, purpose, fitted=None):
         """→ drawn levels, mean images and labels of n samples; purpose: of the random numbers"""
@@ -225,8 +227,8 @@ def lines_between(subject, a, b, start, stop, labels=None):
 
 
 def interpolation_ends(subject, pairs):
-    """→ the indices of the first and of the second test images of up to so many pairs; None if there is no
-    pair
+    """→ the indices of the first and of the second test images of at most `pairs` pairs; None if there is
+    none
     """
     order, first, second = subject.shuffled("interpolations")[:500], [], []
     labels = subject.data.test.labels
@@ -544,7 +546,8 @@ def explore(subject):
     """Make the window in which latents are changed by hand → figures.Explorer"""
     codes, (origin, directions, _) = subject.codes, subject.plane(subject.codes.base)
     model, device = subject.model, subject.args.device
-    numbers, all_names = subject.classes.tolist() if subject.conditional else [], subject.about["classes"]
+    numbers = subject.asked_labels.tolist() if subject.conditional else []
+    all_names = subject.about["classes"]
 
     @torch.no_grad()
     def decode(base, label):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 THREADS_CHOSEN = "OMP_NUM_THREADS" in os.environ  # by the user, or by torchrun; then nothing changes it
-threads = 1  # that operations of this process compute with, see cli.set_threads
+threads = 1  # the number that operations of this process use, see cli.set_threads
 
 
 def affinity():
@@ -82,7 +82,7 @@ def free(others):
 
 
 load = Load()
-crowd = None  # the Load since others have needed the processors of our threads, if they do; see watch
+crowd = None  # a Load that began when others first needed our processors; None while they do not; see watch
 
 
 def watch(interval=0.5):

@@ -1,5 +1,5 @@
 """A run on disk: its folders and locks, checkpoint files, the log, signals. Independent of the model: how a
-run begins, resumes and stops is in train.py.
+run begins and resumes is in train.py, how it is saved and stops in training_state.py.
 """
 
 import contextlib
@@ -274,6 +274,7 @@ def all_finite(tree):
 # ------------------------------------------------------------------------------------------------------------
 # The log: metrics.csv, pictures, TensorBoard's events
 
+# of metrics.csv; runs with other columns are packed by submit.py without pictures
 COLUMNS = ("epoch", "beta", "lr", "train_loss", "train_rec", "train_kl", "train_bpd",
            "val_loss", "val_rec", "val_kl", "val_bpd", "seconds")
 SECONDS_BETWEEN_CURVES = 10  # drawing them takes longer than an epoch of a small model

@@ -21,7 +21,7 @@ from runs import (
 
 CODE = ("*.py", "tests/*.py", "README.md", "requirements.txt", "pyproject.toml", "LICENSE")
 RESULTS = ("*.png", "*.gif", "metrics.csv", "*.json", "index.html")
-EPOCH, MOST_OF_EPOCHS = "*_[0-9][0-9][0-9].png", 10_000_000  # bytes
+EPOCH, MAX_EPOCH_BYTES = "*_[0-9][0-9][0-9].png", 10_000_000
 
 
 def parse_args(argv=None):
@@ -69,8 +69,9 @@ def contents(ckpt, half=False):
     if metrics.is_file() and metrics.read_bytes().startswith(csv_bytes(COLUMNS, checkpoint["history"])):
         paths = {path for pattern in RESULTS for path in results.glob(pattern)}
         epochs = set(results.glob(EPOCH))
-        if sum(path.stat().st_size for path in epochs) > MOST_OF_EPOCHS:
-            print(f"left out: the {len(epochs)} pictures of single epochs, {EPOCH}, more than 10 MB together",
+        if sum(path.stat().st_size for path in epochs) > MAX_EPOCH_BYTES:
+            print(f"left out: the {len(epochs)} pictures of single epochs, {EPOCH}, more than "
+                  f"{MAX_EPOCH_BYTES // 1_000_000} MB together",
                   file=sys.stderr)
             paths -= epochs
         for path in paths:

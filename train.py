@@ -21,7 +21,7 @@ import distributed
 import runs
 from arguments import parse_args, scheduled
 from cli import UserError, say, warn
-from data import load, warp
+from data import load_with, warp
 from datasets import DATASETS
 from distributed import RANK, WORLD, all_reduce_sum, broadcast
 from distributions import Mixture, enough_latents, fit_mixture
@@ -210,7 +210,7 @@ def run(args, data, checkpoint, signals):
         if RANK == 0:
             runs.write_json(results / "test.json", test)
         print_test(test, args, len(data.test), error_ratio(state.evaluated, data),
-                   steps_per_epoch(data, args) * args.epochs)
+                   steps_per_epoch(data, args))
         log.close(state.history)
         best = shlex.quote((checkpoints / "best.pt").as_posix())
         say(f"wrote {results} and {checkpoints / 'best.pt'}\ndraw:    python infer.py --ckpt {best}\n"
@@ -413,7 +413,7 @@ def free_name(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# How a run is saved, stops, or fails
+# How a run fails
 
 def forget_best(args, state, checkpoints):
     """Go on without best.pt. Raises UserError if the run is over."""
@@ -453,7 +453,8 @@ def print_start(args, data, state):
         say(f"all {args.epochs} epochs are done"
             + f"; {dropped:,} step{'s' * (dropped > 1)} after them do not count" * (dropped > 0))
     elif args.loss_mode == "vae" and args.beta_mode != "constant":
-        say(f"beta is 0 in the first epoch and {beta_at(args.epochs - 1, args):.3g} in the last "
+        first, last = beta_at(0, args), beta_at(args.epochs - 1, args)
+        say(f"beta is {first:.3g} in the first epoch and {last:.3g} in the last "
             f"(--beta_mode {args.beta_mode}); losses are printed at the target, {args.target_beta_val:g}")
     if data.classes:
         counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
@@ -487,7 +488,7 @@ def print_epoch(row, args, state):
 def print_test(test, args, images, ratio, steps):
     """The test figures, and advice if nothing was learned, or if the posterior has collapsed onto the prior.
 
-    images: how many; ratio: as error_ratio returns it; steps: of the run
+    images: how many; ratio: as error_ratio returns it; steps: of an epoch
     """
     say("test images" + f" (only {images}, so these figures are rough)" * (images < 100)
         + f", by epoch {test['epoch']}, the best in validation: " + describe(test, "test_"))
@@ -501,7 +502,7 @@ def print_test(test, args, images, ratio, steps):
     if ratio > (1.1 if collapsed else 0.99):  # a collapsed model decodes the mean image, whose ratio is 1
         say(f"nothing was learned: reconstructions are no better than the mean test image ({ratio:.2f} times "
             "its squared error). What may help: " + (
-                "more steps, by a smaller --batch_size and more --epochs" if steps < 1000 else
+                "more steps, by a smaller --batch_size and more --epochs" if steps < 10 else
                 f"more --epochs, a smaller --lr than {args.lr:g}"
                 + ", --grad_clip 1000" * (not args.grad_clip)))
     elif collapsed:
@@ -610,9 +611,7 @@ def main(argv=None):
         if waits:  # wait until the first process of this machine has filled the cache and printed messages
             distributed.barrier()
         with contextlib.redirect_stderr(io.StringIO()) if waits else contextlib.nullcontext():
-            data = load(args.dataset, args.data_dir, args.image_size, args.levels, args.binarize,
-                        args.transform, args.limit, args.device, progress_bar=args.progress_bar,
-                        value_range=args.value_range)
+            data = load_with(vars(args), progress_bar=args.progress_bar)
         if not waits:
             distributed.barrier()
         with runs.Signals() as signals:

@@ -19,14 +19,16 @@ from cli import UserError, say, warn
 from distributed import RANK, WORLD, all_reduce_sum
 from distributions import Mixture
 from model import AE, build
-from optim import AdamW, Muon
+from optim import OPTIMIZERS
 from randomness import stream_seed
 from runs import load_checkpoint, save_checkpoint
 
 
 @dataclass
 class State:
-    """What training changes. A checkpoint holds all of it but `network`."""
+    """What training changes. A checkpoint holds all of it but `network`: a new field goes into Saver.save and
+    restore_state too.
+    """
     model: AE
     ema: AE | None                      # the moving average of the model's weights; None with --ema 0
     optimizer: torch.optim.Optimizer
@@ -51,7 +53,7 @@ class State:
 
 
 def zero_sums(device):
-    """Sums before the first step: a single zero, to which two terms (of an AE) or three can be added."""
+    """Sums before the first step: a single zero, to which two terms or three (with bits/dim) can be added."""
     return torch.zeros(1, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
 
 
@@ -59,7 +61,7 @@ def new_state(args, about):
     """about: of the data, as Data.about returns it"""
     torch.manual_seed(stream_seed(args.seed, "weights"))
     model = build(vars(args), about).to(args.device)
-    optimizer = (Muon if args.optimizer == "muon" else AdamW)(
+    optimizer = OPTIMIZERS[args.optimizer](
         model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
         fused=torch.device(args.device).type != "mps")
     return State(model, copy.deepcopy(model) if args.ema else None, optimizer, zero_sums(args.device))
@@ -76,8 +78,7 @@ def restore_state(state, checkpoint):
     state.optimizer.load_state_dict({"state": moments,
                                      "param_groups": state.optimizer.state_dict()["param_groups"]})
     for i, parameter in enumerate(state.model.parameters() if checkpoint["step"] else ()):
-        orthogonal = isinstance(state.optimizer, Muon) and parameter.ndim > 1
-        for name in ("exp_avg",) if orthogonal else ("exp_avg", "exp_avg_sq"):
+        for name in state.optimizer.moments(parameter):
             if moments[i][name].shape != parameter.shape:
                 raise ValueError(f"size mismatch for {name} of {list(parameter.shape)}")
     for name, kind in {"epoch": int, "step": int, "best": float, "history": list, "elapsed": float}.items():
@@ -121,7 +122,7 @@ class Saver:
 
     def __init__(self, args, data, state, folder, signals):
         self.args, self.data, self.state, self.folder, self.signals = args, data, state, folder, signals
-        self.steps, self.interval = 0, 1  # since the processes last agreed; until they agree again
+        self.steps, self.interval = 0, 1  # steps since the processes last agreed; steps until they do again
         self.saved = self.agreed = time.monotonic()
         self.stepped = time.perf_counter()  # monotonic() has steps of 16 ms on Windows
         self.epoch_start = self.saved - state.elapsed
@@ -173,7 +174,7 @@ class Saver:
         self.save_if_due()
         self.stepped = time.perf_counter()
 
-    def make_room(self):
+    def use_fewer_threads(self):
         """Go on with fewer threads if others have needed our processors for a second → whether it did.
 
         A convolution can take a hundred times as long while one of its threads waits for a processor, and the
@@ -190,7 +191,8 @@ class Saver:
         if WORLD > 1 and self.steps < self.interval:
             return
         unfinished = self.state.epoch < self.args.epochs
-        due = unfinished and (time.monotonic() - self.saved >= self.args.save_every or self.make_room())
+        due = unfinished and (time.monotonic() - self.saved >= self.args.save_every
+                              or self.use_fewer_threads())
         received = self.signals.received
         if WORLD > 1:
             seconds = (time.monotonic() - self.agreed) / self.steps

@@ -1,5 +1,5 @@
-"""Runs the tests of tests/, a file a room: `python unittests.py` or `pytest unittests.py`, with pytest's
-options. Without `-m ""` those marked slow are left out.
+"""Runs the tests of tests/, a file for each module: `python unittests.py` or `pytest unittests.py`, with
+pytest's options. Without `-m ""` those marked slow are left out.
 """
 
 import importlib

@@ -83,6 +83,8 @@ def mean_and_covariance(batches, size, all_reduce_sum=lambda sums: sums):
 def beta_schedule(mode, target, epochs):
     """The weight of the KL as a function of the number of epochs already finished.
 
+    mode: a choice of train.py's --beta_mode; a new one is a branch here, and a choice in arguments.py
+
     constant: target. linear: target · finished / epochs, so 0 in the first epoch (and in the only one), and
     target · (1 - 1 / epochs) in the last.
     cyclical: up to four cycles; each rises linearly from 0 during its first half and stays at target during

@@ -1,4 +1,4 @@
-"""What the tests of all rooms share."""
+"""What all test files share."""
 
 import csv
 import functools
@@ -333,8 +333,8 @@ def main():
         return add_terms(sums, terms, n)
     train.add_terms = interrupted
     if what == "differ" and distributed.RANK:
-        load = train.load
-        train.load = lambda *args, **options: dataclasses.replace(load(*args, **options), crc32=1)
+        load = train.load_with
+        train.load_with = lambda *args, **options: dataclasses.replace(load(*args, **options), crc32=1)
     train.main(rest)
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_adamw_is_torchs(fused):
 
 def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
     seen, adamw = [], optim.AdamW
-    monkeypatch.setattr(training_state, "AdamW", lambda *args, **options: seen.append(options)
+    monkeypatch.setitem(optim.OPTIMIZERS, "adamw", lambda *args, **options: seen.append(options)
                         or adamw(*args, **options))
     fit(folder, "--lr=0.003", "--weight_decay=0.25", epochs=1)
     assert seen[0]["lr"] == 0.003 and seen[0]["weight_decay"] == 0.25
@@ -109,7 +109,7 @@ def test_the_schedule_reaches_the_optimiser_and_the_log(folder, workplace, monke
         def step(self):
             rates.append(self.param_groups[0]["lr"])
             super().step()
-    monkeypatch.setattr(training_state, "AdamW", Seen)
+    monkeypatch.setitem(optim.OPTIMIZERS, "adamw", Seen)
     rows, _ = fit(folder, "--lr_schedule=cosine", "--lr=0.01")
     expected = [0.005 * (1 + math.cos(math.pi * step / len(rates))) for step in range(len(rates))]
     assert len(rates) == 20 and rates == pytest.approx(expected)

@@ -1,5 +1,6 @@
 """Tests of pictures.py."""
 
+import fnmatch
 import json
 import math
 import os
@@ -165,6 +166,12 @@ def test_nearest_are_the_nearest_training_images(folder, workplace, drawn):
     for row, distance in zip(images.view(-1, columns, 784), distances):  # what is shown is what was measured
         shown = (row[1:] - row[0]).square().sum(1).sqrt().tolist()
         assert shown == sorted(shown) and float(distance) == pytest.approx(shown[0], abs=0.006)
+
+
+def test_the_file_of_each_picture_is_of_a_run():  # so that --overwrite deletes it
+    for name in pictures.PICTURES:
+        files = [f"{name}.png", f"{name}.gif"]
+        assert any(fnmatch.fnmatch(file, pattern) for file in files for pattern in runs.FILES), name
 
 
 @pytest.mark.slow

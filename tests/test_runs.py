@@ -83,13 +83,13 @@ def test_names_are_numbered_when_taken(folder, workplace):
 
 
 def test_a_run_that_appeared_in_the_meantime_is_not_replaced(folder, workplace, monkeypatch, capsys):
-    load = train.load
+    load = train.load_with
 
     def meanwhile(*args, **options):
         Path("results/run").mkdir(parents=True)
         Path("results/run/metrics.csv").write_text("another's")
         return load(*args, **options)
-    monkeypatch.setattr(train, "load", meanwhile)
+    monkeypatch.setattr(train, "load_with", meanwhile)
     status, error = outcome(train.main, ["--dataset", folder, "--log_dir", "run"], capsys)
     assert status == 1 and "holds a run already" in error
     assert Path("results/run/metrics.csv").read_text() == "another's" and not Path("checkpoints").exists()

@@ -69,7 +69,7 @@ def test_pictures_of_many_epochs_are_left_out_of_the_zip(folder, workplace, monk
     whole = submit.contents("checkpoints/run/best.pt")[1]
     assert {"results/run/samples_001.png", "results/run/reconstructions_002.png"} <= set(whole)
     capsys.readouterr()
-    monkeypatch.setattr(submit, "MOST_OF_EPOCHS", 1000)
+    monkeypatch.setattr(submit, "MAX_EPOCH_BYTES", 1000)
     small = submit.contents("checkpoints/run/best.pt")[1]
     assert set(whole) - set(small) == {f"results/run/{name}_00{epoch}.png" for epoch in (1, 2)
                                        for name in ("samples", "reconstructions")}
