@@ -367,7 +367,7 @@ def nearest(subject, n=8, k=9):
     subject.save("nearest.png", figures.labelled_grid, f"mean images of samples from {subject.prior_name}, "
                  f"and the {shown.shape[1] - 1} training images nearest to each, with the Euclidean distance "
                  f"of the nearest. Reconstructed test images have theirs at {middle:.2f} (median), "
-                 f"one in ten below {low:.2f}; samples that are mostly nearer than this are memorised",
+                 f"one in ten below {low:.2f}; if most samples are nearer than that, images are memorised",
                  shown.view(-1, *subject.model.shape), shown.shape[1],
                  [f"{name}{distance:.2f}" for name, distance in zip(names, away)],
                  ["sample", "nearest", *map(str, range(2, shown.shape[1]))])
