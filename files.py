@@ -281,7 +281,7 @@ LINES = {
     "clipped": "have values beyond the value range, which are clipped",
     "enlarged": "are smaller than the new size, and are enlarged",
     "cropped": "have another ratio of height to width than the new size; more than a twentieth of each is "
-               "cropped away",
+               "cropped away (--image_size HEIGHT WIDTH in their ratio keeps all)",
     "palette": "have a palette, to whose colours the value range was applied",
     "nearly black": "have no value above 2 of 255; are they of another scale than the rest?",
     "channels first": "are arrays of 3 or 4 x height x width, each taken as one image in colour",

@@ -367,7 +367,7 @@ def nearest(subject, n=8, k=9):
     subject.save("nearest.png", figures.labelled_grid, f"mean images of samples from {subject.prior_name}, "
                  f"and the {shown.shape[1] - 1} training images nearest to each, with the Euclidean distance "
                  f"of the nearest. Reconstructed test images have theirs at {middle:.2f} (median), "
-                 f"one in ten below {low:.2f}; if most samples are nearer than that, images are memorised",
+                 f"one in ten below {low:.2f}; if most samples are below {low:.2f}, images are memorised",
                  shown.view(-1, *subject.model.shape), shown.shape[1],
                  [f"{name}{distance:.2f}" for name, distance in zip(names, away)],
                  ["sample", "nearest", *map(str, range(2, shown.shape[1]))])
@@ -488,7 +488,8 @@ def comparison_warnings(differing, measured, has_error):
             "val losses" + " and NLL" * ("conditional" in unlike_losses)
         warnings.append(
             f"{what} cannot be compared: the models differ in --{', --'.join(sorted(unlike | unlike_losses))}"
-            + "; the test squared error can" * (not unlike and has_error))
+            + ("; val reconstruction and val KL can" if unlike | unlike_losses == {"target_beta_val"} else
+               "; the test squared error can" * (not unlike and has_error)))
     sizes = {found.get("images") for found in measured if {"iw_nll", "frechet_distance"} & found.keys()}
     if len(sizes - {None}) > 1:
         warnings.append("NLL and figures of samples cannot be compared: they are of different numbers of "
