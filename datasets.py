@@ -2,8 +2,8 @@
 .npy files. Folders and array files are read in files.py.
 
 To add a dataset of torchvision whose class takes `train` and has `data`, `targets` and `classes`, as CIFAR10,
-add a line to NAMED. To add another source, write a function such as
-read_glyphs, add its name to DATASETS, and call it in data.load.
+add a line to NAMED. To add another source, write a function such as read_glyphs, add its name to DATASETS,
+and call it in data.load.
 """
 
 import contextlib

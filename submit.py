@@ -71,8 +71,7 @@ def contents(ckpt, half=False):
         epochs = set(results.glob(EPOCH))
         if sum(path.stat().st_size for path in epochs) > MAX_EPOCH_BYTES:
             print(f"left out: the {len(epochs)} pictures of single epochs, {EPOCH}, more than "
-                  f"{MAX_EPOCH_BYTES // 1_000_000} MB together",
-                  file=sys.stderr)
+                  f"{MAX_EPOCH_BYTES // 1_000_000} MB together", file=sys.stderr)
             paths -= epochs
         for path in paths:
             files[f"results/{run}/{path.name}"] = path.read_bytes()

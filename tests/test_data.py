@@ -1,5 +1,6 @@
 """Tests of data.py."""
 
+import inspect
 import math
 
 import numpy as np
@@ -38,6 +39,14 @@ def test_stochastic_val_and_test_are_one_fixed_draw_and_train_a_fresh_one(folder
     first, second = (a.train.batch(index, 1, "binarize", step)[0] for step in (1, 2))
     assert first.max() == 1 and not torch.equal(first, second)
     assert torch.equal(first, a.train.batch(index, 1, "binarize", 1)[0])
+
+
+def test_the_data_of_a_run_are_loaded_with_all_its_arguments(monkeypatch):
+    args = vars(arguments.parse_args(["--image_size=16", "--levels=2", "--binarize=stochastic", "--limit=9"])[0])
+    names, seen = set(inspect.signature(data.load).parameters) - {"download", "progress_bar"}, {}
+    monkeypatch.setattr(data, "load", seen.update)
+    data.load_with(args, limit=7, download=False)
+    assert seen == {**{name: args[name] for name in names}, "limit": 7, "download": False}
 
 
 def test_one_number_is_the_height_and_the_width(folder, tmp_path):

@@ -174,6 +174,13 @@ def test_the_file_of_each_picture_is_of_a_run():  # so that --overwrite deletes 
         assert any(fnmatch.fnmatch(file, pattern) for file in files for pattern in runs.FILES), name
 
 
+def test_of_two_betas_other_figures_can_be_compared_than_of_two_likelihoods():
+    betas, losses = (pictures.comparison_warnings([name], [], True)[0] for name in (
+        "target_beta_val", "recon_loss"))
+    assert betas.endswith("val reconstruction and val KL can") and "squared error" not in betas
+    assert losses.endswith("the test squared error can")
+
+
 @pytest.mark.slow
 def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, monkeypatch, capsys):
     for name, *flags in (("a", "--latent_size=2"), ("b", "--latent_size=6", "--seed=3"),
