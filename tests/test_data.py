@@ -42,7 +42,8 @@ def test_stochastic_val_and_test_are_one_fixed_draw_and_train_a_fresh_one(folder
 
 
 def test_the_data_of_a_run_are_loaded_with_all_its_arguments(monkeypatch):
-    args = vars(arguments.parse_args(["--image_size=16", "--levels=2", "--binarize=stochastic", "--limit=9"])[0])
+    args, _ = arguments.parse_args(["--image_size=16", "--levels=2", "--binarize=stochastic", "--limit=9"])
+    args = vars(args)
     names, seen = set(inspect.signature(data.load).parameters) - {"download", "progress_bar"}, {}
     monkeypatch.setattr(data, "load", seen.update)
     data.load_with(args, limit=7, download=False)
