@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import arguments
 import train
-from cli import ArgumentParser, UserError, keep_freed_memory, number, run_script
+from cli import ArgumentParser, UserError, is_cuda, keep_freed_memory, number, run_script
 from data import load_with, quantize
 from datasets import NAMED, import_torchvision
 from model import build
@@ -85,8 +85,7 @@ def measure(argv, images, repeats, baseline):
     batch, labels = data.train.batch(torch.arange(batch_size), args.seed, "binarize")
     noise = draw_noise(batch_size, args)
     with FlopCounterMode(display=False) as flops:
-        rec, kl, _ = state.model(batch, labels, noise)
-        (rec + kl).backward()
+        sum(state.model(batch, labels, noise)[:2]).backward()
     step = floor_step(state, args, batch, labels, noise)
     epoch(state, data, args, step)
     row = {"model": args.model, "batch_size": args.batch_size, "peak_rss_mb": peak_rss(),
@@ -115,14 +114,17 @@ def floor_step(state, args, batch, labels, noise):
     """→ a function that takes a step of the floor: forward, backward and optimiser on one batch"""
     precision = torch.autocast(batch.device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    def step():
+    def step(batch, labels, noise):
         with precision:
             rec, kl, _ = state.network(batch, labels, noise)
         state.optimizer.zero_grad()
         (rec + args.target_beta_val * kl).backward()
         with precision:
             state.optimizer.step()
-    return step
+        return [rec.detach(), kl.detach()]
+    if is_cuda(args.device):
+        step = train.Recorded(step, len(batch))
+    return lambda: step(batch, labels, noise)
 
 
 def epoch(state, data, args, step):

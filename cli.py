@@ -104,9 +104,13 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def is_cuda(device):
+    return torch.device(device).type == "cuda"
+
+
 def default_precision(device):
     """bf16 if the hardware multiplies in it (AVX512-BF16, AMX, CUDA from Ampere on), otherwise fp32."""
-    if torch.device(device).type == "cuda":
+    if is_cuda(device):
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         native = device == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in

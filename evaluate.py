@@ -126,7 +126,7 @@ def vae_terms(model, images, labels, k, args, which):
         parts.append(model.log_weights(images, labels, noise))
     rec, log_ratio = (torch.cat(part, 1).cpu().double() for part in zip(*parts))
     kl = model.exact_kl(images, labels)
-    return {"rec": rec.mean(1), "kl": log_ratio.mean(1) if kl is None else kl,
+    return {"rec": rec.mean(1), "kl": log_ratio.mean(1) if kl is None else kl.cpu(),
             "iw_nll": model.neg_bound(rec, log_ratio)}
 
 

@@ -11,7 +11,7 @@ import torch
 
 import cli
 import figures
-from cli import ArgumentParser, UserError, default_device, device_type, number, one_line, run_script
+from cli import ArgumentParser, UserError, device_type, number, one_line, run_script
 from data import dataset_problem, load_with, own_images
 from datasets import DATASETS
 from distributions import Mixture
@@ -181,7 +181,7 @@ def parse_args(argv=None):
     add("--data_dir", "--data_folder", metavar="DIR",
         help="where a named dataset is (default: as in training)")
     add("--seed", type=number(int, 0), default=1, metavar="N", help="of all random numbers")
-    add("--device", type=device_type, default=default_device(), help="cpu, cuda or mps")
+    add("--device", type=device_type, default=cli.default_device(), help="cpu, cuda or mps")
     args = parser.parse_args(argv)
     check_args(parser, args)
     args.newest = not args.ckpt

@@ -16,7 +16,8 @@ from distributions import LIKELIHOODS, PRIORS, Mixture, default_likelihood
 from networks import NETWORKS
 from utils import elbo_to_bpd, log_normal, mean_and_covariance, normalize, sample_reparameterize
 
-MAX_DECODER_OUTPUTS = 2**20  # numbers that decode_in_parts makes at a time, to bound the memory
+# numbers that decode_in_parts makes at a time, to bound the memory
+MAX_DECODER_OUTPUTS, MAX_DECODER_OUTPUTS_CUDA = 2**20, 2**24
 
 
 class AE(nn.Module):
@@ -84,7 +85,9 @@ class AE(nn.Module):
     @property
     def max_batch(self):
         """The number of images that the decoder makes at a time in bounded memory."""
-        return max(1, MAX_DECODER_OUTPUTS // (self.channels * math.prod(self.shape[1:])))
+        cuda = next(self.parameters()).is_cuda
+        return max(1, (MAX_DECODER_OUTPUTS_CUDA if cuda else MAX_DECODER_OUTPUTS)
+                   // (self.channels * math.prod(self.shape[1:])))
 
     def mean_images(self, z, labels=None):
         """z [n, D] → mean images in [0, 1], [n, C, H, W]; in bounded memory"""

@@ -42,6 +42,13 @@ class AdamW(torch.optim.AdamW):
         """The names of the tensors in a parameter's state that have its shape"""
         return "exp_avg", "exp_avg_sq"
 
+    def set_lr(self, lr):
+        """On a GPU the learning rate is a tensor, which a recorded step reads anew (see Recorded)."""
+        if isinstance(self.param_groups[0]["lr"], torch.Tensor):
+            self.param_groups[0]["lr"].fill_(lr)
+        else:
+            self.param_groups[0]["lr"] = lr
+
     def zero_grad(self):
         for parameter in self.param_groups[0]["params"]:
             parameter.grad = None
@@ -95,10 +102,14 @@ class Muon(AdamW):
                 updates.append(matrix.grad.lerp(momentum, 0.95).flatten(1))  # Nesterov's
                 matrix.grad = None  # so that AdamW leaves the matrix alone
             updates = orthogonalize(torch.stack(updates))
-            length = 0.2 * math.sqrt(max(updates.shape[1:]))
+            decay = 1 - options["lr"] * options["weight_decay"]
+            length = -options["lr"] * (0.2 * math.sqrt(max(updates.shape[1:])))
             for matrix, update in zip(matrices, updates):
-                matrix.mul_(1 - options["lr"] * options["weight_decay"])
-                matrix.add_(update.view(shape), alpha=-options["lr"] * length)
+                matrix.mul_(decay)
+                if isinstance(length, torch.Tensor):
+                    matrix.addcmul_(update.view(shape), length)
+                else:
+                    matrix.add_(update.view(shape), alpha=length)
         super().step()
 
 

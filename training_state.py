@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,19 +22,20 @@ from distributions import Mixture
 from model import AE, build
 from optim import OPTIMIZERS
 from randomness import stream_seed
-from runs import load_checkpoint, save_checkpoint
+from runs import load_checkpoint
 
 
 @dataclass
 class State:
-    """What training changes. A checkpoint holds all of it but `network`: a new field goes into Saver.save and
-    restore_state too.
+    """What training changes. A checkpoint holds all of it but `network` and `take_step`: a new field goes
+    into Saver.save and restore_state too.
     """
     model: AE
     ema: AE | None                      # the moving average of the model's weights; None with --ema 0
     optimizer: torch.optim.Optimizer
     sums: torch.Tensor                  # of the terms of this epoch's images so far, in this process
-    network: torch.nn.Module = None     # the model as it is called in training, see prepare_network
+    network: torch.nn.Module = None     # the model as it is called in training, see train.prepare_network
+    take_step: Callable = None          # train.take_step, or a recording of it
     epoch: int = 0                      # epochs finished
     step: int = 0                       # steps taken in all epochs
     best: float = math.inf              # the lowest validation loss so far
@@ -62,8 +64,8 @@ def new_state(args, about):
     torch.manual_seed(stream_seed(args.seed, "weights"))
     model = build(vars(args), about).to(args.device)
     optimizer = OPTIMIZERS[args.optimizer](
-        model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-        fused=torch.device(args.device).type != "mps")
+        model.parameters(), weight_decay=args.weight_decay, fused=torch.device(args.device).type != "mps",
+        lr=torch.tensor(args.lr, device=args.device) if cli.is_cuda(args.device) else args.lr)
     return State(model, copy.deepcopy(model) if args.ema else None, optimizer, zero_sums(args.device))
 
 
@@ -137,7 +139,8 @@ class Saver:
 
     def warn_if_slow(self):
         """Say once if the steps of an epoch took several times as long as the run's first ones."""
-        if len(self.step_seconds) >= 50:
+        # not of a GPU, whose steps end long after they were started
+        if len(self.step_seconds) >= 50 and self.args.device == "cpu":
             self.first_median = self.first_median or statistics.median(self.step_seconds[5:50])
             slower = statistics.median(self.step_seconds) / max(self.first_median, 1e-6)
             if slower > 3 and not self.warned:
@@ -162,8 +165,10 @@ class Saver:
         parts = "model", "ema", "fitted", "optimizer", "sums"
         if not runs.all_finite([checkpoint[part] for part in parts]):
             raise FloatingPointError
-        for name in names if RANK == 0 else ():
-            save_checkpoint(self.folder / name, checkpoint)
+        if RANK == 0:
+            content = runs.checkpoint_bytes(checkpoint)
+            for name in names:
+                runs.atomic_write(self.folder / name, content)
         self.saved, self.stepped = time.monotonic(), time.perf_counter()  # not counted as a step's time
 
     def after_step(self):

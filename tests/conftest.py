@@ -30,6 +30,8 @@ import runs
 import train
 
 cli.set_threads(1)  # models are tiny here: several threads would mostly wait for each other
+cli.default_device = lambda: "cpu"  # also where there is a GPU, on which random numbers are others
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -283,7 +285,9 @@ import dataclasses, os, signal, sys
 from argparse import Namespace
 import torch
 sys.path.insert(0, {here!r})
-import cli, data, distributed, model, networks, train, training_state, utils
+import cli, data, distributed, model, networks, optim, train, training_state, utils
+
+cli.default_device = lambda: "cpu"
 
 def gradients(case, n):
     # of the one step, in float64, that a pass over n images is
@@ -305,7 +309,7 @@ def gradients(case, n):
     for coupling in net.prior.couplings if case == "flow" else ():  # a new flow has no effect
         torch.nn.init.normal_(coupling.net[-1].weight, std=0.1)
     everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
-    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    optimizer = optim.AdamW(net.parameters(), 0.0)
     state = training_state.State(net, None, optimizer, training_state.zero_sums("cpu"))
     train.prepare_network(state, everything, args)
     means = train.train_epoch(state, everything, args, lambda: None)

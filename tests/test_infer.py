@@ -1,5 +1,6 @@
 """Tests of infer.py."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import cli
 import data
 import infer
 import train
-from tests.conftest import fit, outcome
+from tests.conftest import fit, needs_gpu, outcome
 
 
 def test_restore_is_for_notebooks(folder, workplace):
@@ -47,6 +48,29 @@ def test_without_a_file_it_is_the_newest_checkpoint(folder, workplace, capsys):
     with pytest.raises(cli.UserError, match="left out classes"):
         infer.main(["--only", "classes"])
     assert "to see them all" not in capsys.readouterr().out  # nothing new was drawn
+
+
+@needs_gpu
+@pytest.mark.parametrize("flags", [["--levels=2", "--conditional", "--prior=flow"], ["--loss_mode=ae"], []],
+                         ids=str)
+def test_a_gpu_draws_and_measures_as_a_cpu_does(folder, workplace, flags):
+    fit(folder, "--device=cuda", *flags)
+    found = []
+    for device in ("cuda", "cpu"):
+        asked = [f"--device={device}", f"--results_dir={device}"]
+        for argv in ([], ["--evaluate", "--iw_samples=50"], ["--export"], ["--export_samples=3"],
+                     ["--images", f"{folder}/3/" + next(Path(folder, "3").iterdir()).name]):
+            infer.main([*argv, *asked])
+        run = Path(device, "run")
+        found.append((json.loads((run / "evaluation.json").read_text()), np.load(run / "latents.npz"),
+                      {path.name for path in run.iterdir()}))
+    (measured, latents, names), (measured_cpu, latents_cpu, names_cpu) = found
+    assert names == names_cpu and len(names) > 10
+    for name in ("neg_elbo", "rec", "kl", "iw_nll", "squared_error", "active_units"):
+        assert measured[name] is measured_cpu[name] is None \
+            or measured[name] == pytest.approx(measured_cpu[name], rel=0.02)
+    np.testing.assert_allclose(latents["z"], latents_cpu["z"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(latents["squared_error"], latents_cpu["squared_error"], rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import optim
 import runs
 import train
 import training_state
-from tests.conftest import double, fit
+from tests.conftest import double, fit, levels_like
 
 
 def test_learning_rate_schedules():
@@ -100,6 +100,24 @@ def test_options_of_the_optimiser_reach_it(folder, workplace, monkeypatch):
     muon = training_state.new_state(args, {"shape": (1, 8, 8), "levels": 256, "classes": []}).optimizer
     assert isinstance(muon, optim.Muon)
     assert muon.defaults["lr"] == 0.003 and muon.defaults["weight_decay"] == 0.25
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_a_learning_rate_in_a_tensor_is_that_number(name):
+    nets = [torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(3, 4))
+            for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    both = [optim.OPTIMIZERS[name](net.parameters(), lr=lr, weight_decay=0.1, fused=True)
+            for net, lr in zip(nets, (0.5, torch.tensor(0.5)))]
+    for step in range(3):
+        for net, optimizer in zip(nets, both):
+            optimizer.set_lr(0.01 * (step + 1))
+            optimizer.zero_grad()
+            net(levels_like((2, 3, 3), 9, seed=step).float()).square().sum().backward()
+            optimizer.step()
+    assert both[1].param_groups[0]["lr"].item() == pytest.approx(0.03)
+    for one, other in zip(*(net.parameters() for net in nets)):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_the_schedule_reaches_the_optimiser_and_the_log(folder, workplace, monkeypatch):

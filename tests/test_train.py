@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from tests.conftest import (
     damage,
     ended,
     fit,
+    needs_gpu,
     outcome,
     pixels,
     same,
@@ -187,7 +189,7 @@ def test_what_a_run_says_at_its_start(folder, workplace, capsys):
     said = capsys.readouterr().out
     read = data.load(str(folder), workplace, limit=300)
     assert f"10 classes, with their training images: 0 ({int((read.train.labels == 0).sum())})" in said
-    assert "the run has only 2 steps: the model may learn more with --batch_size 15 and --epochs 50" in said
+    assert "2 steps: the model may learn more with --batch_size 15 and --epochs 50 and --grad_clip" in said
     fit(folder, "--recon_loss=categorical", "--limit=10", epochs=1)
     assert "--recon_loss logistic" in capsys.readouterr().out
     fit(folder, "--beta_mode=linear", "--target_beta_val=0.8", "--limit=32", epochs=2)
@@ -257,6 +259,36 @@ def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, wor
     train.main(["--resume", "checkpoints/cut"])  # a folder stands for its last.pt
     assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
                        for name in ("whole", "cut")))
+
+
+@needs_gpu
+@pytest.mark.parametrize("flags", [
+    "--model=resnet --levels=2 --binarize=stochastic --prior=flow --optimizer=muon --weight_decay=0.1 "
+    "--lr_schedule=cosine --grad_clip=20 --warp=0.5",
+    "--model=mlp --conditional --levels=16 --beta_mode=linear", "--iw_train=3 --ema=0",
+    "--model=cnn --precision=fp32 --free_bits=0.1 --flip", "--model=cnn --loss_mode=ae"])
+def test_recorded_steps_are_those_that_python_starts(flags, folder, workplace, monkeypatch):
+    def run(name):
+        train.main([f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--num_filters=2",
+                    "--epochs=3", "--batch_size=24", f"--log_dir={name}", "--device=cuda", *flags.split()])
+    replayed, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replayed.append(1) or replay(graph))
+    run("recorded")
+    assert len(replayed) == 3 * 13 - 3  # of the 14 steps of an epoch, the last is of fewer images
+    monkeypatch.setattr(train.Recorded, "__call__", lambda recorded, *words: recorded.function(*words))
+    run("started")
+    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
+                       for name in ("recorded", "started")))
+
+
+@needs_gpu
+def test_steps_that_cannot_be_recorded_are_started(folder, workplace, monkeypatch, capsys):
+    loss = distributions.Bernoulli.loss
+    monkeypatch.setattr(distributions.Bernoulli, "loss",
+                        lambda own, params, images: loss(own, params, images) + 0 * params.sum().item())
+    rows, _ = fit(folder, "--device=cuda", "--levels=2")
+    assert "cannot be recorded" in capsys.readouterr().err
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
 
 
 def test_more_epochs_continue_as_if_asked_for_at_once(folder, workplace, monkeypatch, capsys):
@@ -459,6 +491,18 @@ def test_without_a_compiler_the_run_goes_on(folder, workplace, monkeypatch, caps
     monkeypatch.setattr(torch, "compile", lambda *args, **options: Missing())
     assert fit(folder, "--compile")[1] == plain[1]
     assert capsys.readouterr().err.count("no C++ compiler") == 1
+
+
+def test_a_loss_that_jumps_is_reported(capsys):
+    def said(recs, beta=1.0):
+        rows = [{"epoch": epoch, "beta": beta, "train_loss": rec, "train_rec": rec, "val_loss": rec,
+                 "val_rec": rec, "seconds": 1.0} for epoch, rec in enumerate(recs, 1)]
+        state = Namespace(history=rows, best=min(recs))
+        train.print_epoch(rows[-1], Namespace(loss_mode="vae", epochs=50, grad_clip=0), state)
+        return capsys.readouterr().out
+    assert "epoch 3. What may help: a new run with --grad_clip 1000\n" in said([9000, -2000, -7185, 3004])
+    assert said([100, 90, 89, 89.5]).count("\n") == said([100, 99.9, 99.95]).count("\n") == 1
+    assert said([9000, 9500]).count("\n") == said([9000, -7000, -7100]).count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(folder, workplace, capsys):
