@@ -377,11 +377,11 @@ def check_unchanged(args, data, checkpoint):
 
 def prepare_network(state, data, args):
     """Set state.network: the model, compiled if that is asked for, and wrapped for many processes; and
-    state.take_step, recorded on a GPU.
+    state.take_step, recorded if this is the only process and on a GPU.
 
-    With either, two steps are taken here, on zeros and without an update. They show whether a compiler works,
-    and after them DDP has put its buckets into their final order, so that a resumed run adds up gradients in
-    the same order.
+    With a compiler or many processes, two steps are taken here, on zeros and without an update. They show
+    whether a compiler works, and after them DDP has put its buckets into their final order, so that a resumed
+    run adds up gradients in the same order.
     """
     cli.allow_tf32(True)  # as in training; otherwise everything would be compiled twice
 
@@ -416,6 +416,7 @@ def prepare_network(state, data, args):
                                                             gradient_as_bucket_view=True))
     state.take_step = partial(take_step, state, args)
     if cli.is_cuda(args.device) and WORLD == 1:
+        torch.cuda.set_device(torch.device(args.device).index or 0)  # where streams are made
         state.take_step = Recorded(state.take_step, min(args.batch_size, len(data.train)))
 
 
@@ -429,7 +430,8 @@ class Recorded:
 
     size: of a batch. Smaller batches are not replayed, nor are the first three, in which libraries and
     optimisers get their memory. What the function reads besides its arguments, such as weights, must stay
-    where it is. It returns a list of tensors, which the next call overwrites.
+    where it is. It returns a list of tensors, which the next call overwrites. A recording keeps the memory of
+    a whole step for itself.
     """
 
     def __init__(self, function, size):
@@ -449,12 +451,16 @@ class Recorded:
             return results
         if self.calls == 4:
             self.read = [value.clone() if isinstance(value, torch.Tensor) else value for value in given]
+            stream = torch.cuda.current_stream()
             try:
                 with torch.cuda.graph(self.graph, stream=self.stream):
                     self.results = self.function(*self.read)
             except RuntimeError as error:  # an operation such as .item(), which waits for the GPU
+                torch.cuda.set_stream(stream)
                 self.recordable = False
-                warn(f"steps are slower than they could be: they cannot be recorded ({cli.one_line(error)})")
+                warn("steps are slower than they could be, because they cannot be recorded: "
+                     + cli.one_line(error.__context__ or error))
+            if not self.recordable:
                 return self.function(*given)
         for place, value in zip(self.read, given):
             if isinstance(value, torch.Tensor):
@@ -553,8 +559,8 @@ def print_epoch(row, args, state):
     recs = [past["train_rec"] for past in state.history]
     if len(recs) > 2 and row["beta"] == state.history[-2]["beta"] \
             and recs[-1] - recs[-2] > max((recs[0] - min(recs)) / 4, abs(recs[0]) / 20):
-        say(f"the training loss has jumped, because a step was too large; best.pt keeps epoch {best}. What "
-            f"may help: a new run with {smaller_steps(args)}")
+        say("the training loss has jumped, probably because a step was too large (best.pt is of epoch "
+            f"{best}). What may help: a new run with {smaller_steps(args)}")
 
 
 def print_test(test, args, images, ratio, steps):

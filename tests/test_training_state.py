@@ -63,7 +63,9 @@ def test_steps_that_become_slow_are_reported_once(capsys, monkeypatch):
     saver = training_state.Saver.__new__(training_state.Saver)
     saver.args, saver.step_seconds = Namespace(device="cpu"), []
     saver.first_median, saver.warned = None, False
-    for seconds in (0.01, 0.02, 0.05, 0.05):
-        saver.step_seconds = [seconds] * 60
-        saver.warn_if_slow()
-    assert capsys.readouterr().err.count("5 times as long") == 1
+    for device, lines in (("cuda", 0), ("cpu", 1)):
+        saver.args.device = device
+        for seconds in (0.01, 0.02, 0.05, 0.05):
+            saver.step_seconds = [seconds] * 60
+            saver.warn_if_slow()
+        assert capsys.readouterr().err.count("5 times as long") == lines
