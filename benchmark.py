@@ -85,7 +85,7 @@ def measure(argv, images, repeats, baseline):
     batch, labels = data.train.batch(torch.arange(batch_size), args.seed, "binarize")
     noise = draw_noise(batch_size, args)
     with FlopCounterMode(display=False) as flops:
-        # names for the terms would keep their graph, which a recording on a GPU does not allow
+        # The terms get no names, so that their autograd graph is gone before a GPU records a step.
         sum(state.model(batch, labels, noise)[:2]).backward()
     step = floor_step(state, args, batch, labels, noise)
     epoch(state, data, args, step)

@@ -502,12 +502,12 @@ def not_finite_message(args, state, checkpoints):
     vae = args.loss_mode == "vae"
     return (f"epoch {epoch}, after step {state.step}: the loss or a weight is not finite (lr {args.lr:g}"
             + f", beta {beta_at(epoch - 1, args):g}" * vae + "). Start a new run with a smaller --lr"
-            + " or --target_beta_val" * vae + ", or with "
-            f"{smaller_steps(args)}."
+            + " or --target_beta_val" * vae + f", or with {clip_advice(args)}."
             + (f" Still good: {', '.join(whole)}" if whole else ""))
 
 
-def smaller_steps(args):
+def clip_advice(args):
+    """The argument that makes steps smaller where they were too large."""
     return f"--grad_clip {args.grad_clip / 10 if args.grad_clip else 1000:g}"
 
 
@@ -537,7 +537,7 @@ def print_start(args, data, state):
     if len(data.train) < 10_000 and steps < 1000 and not state.step:
         batch_size = min(args.batch_size, max(1, len(data.train) // 20))
         epochs = max(args.epochs, math.ceil(1000 / math.ceil(len(data.train) / batch_size)))
-        clip = f" and {smaller_steps(args)}" * (args.recon_loss == "gaussian" and not args.grad_clip)
+        clip = f" and {clip_advice(args)}" * (args.recon_loss == "gaussian" and not args.grad_clip)
         say(f"the run has only {steps:,} step{'s' * (steps > 1)}: the model may learn more with --batch_size "
             f"{batch_size} and --epochs {epochs}{clip}; stop, and start again with these (and --overwrite, "
             "if you named the run)")
@@ -560,7 +560,7 @@ def print_epoch(row, args, state):
     if len(recs) > 2 and row["beta"] == state.history[-2]["beta"] \
             and recs[-1] - recs[-2] > max((recs[0] - min(recs)) / 4, abs(recs[0]) / 20):
         say("the training loss has jumped, probably because a step was too large (best.pt is of epoch "
-            f"{best}). What may help: a new run with {smaller_steps(args)}")
+            f"{best}). What may help: a new run with {clip_advice(args)}")
 
 
 def print_test(test, args, images, ratio, steps):
@@ -582,7 +582,7 @@ def print_test(test, args, images, ratio, steps):
             "its squared error). What may help: " + (
                 "more steps, by a smaller --batch_size and more --epochs" if steps < 10 else
                 f"more --epochs, a smaller --lr than {args.lr:g}"
-                + ", --grad_clip 1000" * (not args.grad_clip)))
+                + f", {clip_advice(args)}" * (not args.grad_clip)))
     elif collapsed:
         say("the posterior collapsed: the decoder hardly uses z. What may help: "
             + "--free_bits 0.1, " * (args.prior == "normal" and not args.free_bits)
