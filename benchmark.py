@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import arguments
 import train
-from cli import ArgumentParser, UserError, is_cuda, keep_freed_memory, number, run_script
+from cli import ArgumentParser, UserError, keep_freed_memory, number, run_script
 from data import load_with, quantize
 from datasets import NAMED, import_torchvision
+from execution import record
 from model import build
 from networks import NETWORKS
 from randomness import draw_noise, noise_shape
@@ -123,8 +124,7 @@ def floor_step(state, args, batch, labels, noise):
         with precision:
             state.optimizer.step()
         return [rec.detach(), kl.detach()]
-    if is_cuda(args.device):
-        step = train.Recorded(step, len(batch))
+    step = record(step, args, len(batch))
     return lambda: step(batch, labels, noise)
 
 

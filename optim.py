@@ -43,7 +43,7 @@ class AdamW(torch.optim.AdamW):
         return "exp_avg", "exp_avg_sq"
 
     def set_lr(self, lr):
-        """On a GPU the learning rate is a tensor, which a recorded step reads anew (see Recorded)."""
+        """On a GPU the learning rate is a tensor, which a recorded step reads anew (execution.py)."""
         if isinstance(self.param_groups[0]["lr"], torch.Tensor):
             self.param_groups[0]["lr"].fill_(lr)
         else:

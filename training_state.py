@@ -34,8 +34,8 @@ class State:
     ema: AE | None                      # the moving average of the model's weights; None with --ema 0
     optimizer: torch.optim.Optimizer
     sums: torch.Tensor                  # of the terms of this epoch's images so far, in this process
-    network: torch.nn.Module = None     # the model as it is called in training, see train.prepare_network
-    take_step: Callable = None          # train.take_step, or a recording of it
+    network: torch.nn.Module = None     # the model as it is called in training, see execution.py
+    take_step: Callable = None          # train.take_step, or a recording of it, see execution.py
     epoch: int = 0                      # epochs finished
     step: int = 0                       # steps taken in all epochs
     best: float = math.inf              # the lowest validation loss so far

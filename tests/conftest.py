@@ -281,11 +281,11 @@ def trained(folder, tmp_path_factory):
 
 
 WORKER = """
-import dataclasses, os, signal, sys
+import dataclasses, functools, os, signal, sys
 from argparse import Namespace
 import torch
 sys.path.insert(0, {here!r})
-import cli, data, distributed, model, networks, optim, train, training_state, utils
+import cli, data, distributed, execution, model, networks, optim, train, training_state, utils
 
 cli.default_device = lambda: "cpu"
 
@@ -311,7 +311,8 @@ def gradients(case, n):
     everything = data.Data(split, split, split, (1, 9, 11), 2, ["a", "b"], 0)
     optimizer = optim.AdamW(net.parameters(), 0.0)
     state = training_state.State(net, None, optimizer, training_state.zero_sums("cpu"))
-    train.prepare_network(state, everything, args)
+    state.network = execution.prepare_network(net, everything, args)
+    state.take_step = functools.partial(train.take_step, state, args)
     means = train.train_epoch(state, everything, args, lambda: None)
     tested = train.test_epoch(net, split, args, "val", lambda: None)
     return [p.grad.clone() for p in net.parameters()], means, tested

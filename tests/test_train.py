@@ -264,38 +264,6 @@ def test_stopped_within_an_epoch_and_resumed_is_never_stopped(flags, folder, wor
                        for name in ("whole", "cut")))
 
 
-@needs_gpu
-@pytest.mark.parametrize("flags", [
-    "--model=resnet --levels=2 --binarize=stochastic --prior=flow --optimizer=muon --weight_decay=0.1 "
-    "--lr_schedule=cosine --grad_clip=20 --warp=0.5",
-    "--model=mlp --conditional --levels=16 --beta_mode=linear", "--iw_train=3 --ema=0",
-    "--model=cnn --precision=fp32 --free_bits=0.1 --flip", "--model=cnn --loss_mode=ae"])
-def test_recorded_steps_are_those_that_python_starts(flags, folder, workplace, monkeypatch):
-    def run(name):
-        train.main([f"--dataset={folder}", "--latent_size=4", "--hidden_dims=32", "--num_filters=2",
-                    "--epochs=3", "--batch_size=24", f"--log_dir={name}", "--device=cuda", *flags.split()])
-    replayed, replay = [], torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replayed.append(1) or replay(graph))
-    run("recorded")
-    assert len(replayed) == 3 * 13 - 3  # of the 14 steps of an epoch, the last is of fewer images
-    monkeypatch.setattr(train.Recorded, "__call__", lambda recorded, *words: recorded.function(*words))
-    run("started")
-    assert_same_runs(*((workplace / "results" / name, workplace / "checkpoints" / name)
-                       for name in ("recorded", "started")))
-
-
-@needs_gpu
-def test_steps_that_cannot_be_recorded_are_started(folder, workplace, monkeypatch, capsys):
-    loss = distributions.Bernoulli.loss
-    monkeypatch.setattr(distributions.Bernoulli, "loss",
-                        lambda own, params, images: loss(own, params, images) + 0 * params.sum().item())
-    rows, test = fit(folder, "--device=cuda", "--levels=2")
-    assert "cannot be recorded" in capsys.readouterr().err
-    monkeypatch.setattr(train.Recorded, "__call__", lambda recorded, *words: recorded.function(*words))
-    rows_started, test_started = fit(folder, "--device=cuda", "--levels=2")
-    assert test == test_started and rows[1]["train_loss"] == rows_started[1]["train_loss"]
-
-
 def test_more_epochs_continue_as_if_asked_for_at_once(folder, workplace, monkeypatch, capsys):
     fit(folder, epochs=3)
     os.rename("results/run", "results/long"), os.rename("checkpoints/run", "checkpoints/long")
@@ -486,16 +454,6 @@ def test_precision_is_chosen_once_and_reaches_training_alone(folder, workplace, 
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: not native)
         train.main(["--resume", "checkpoints/run/last.pt", "--epochs=2"])
         assert runs.load_checkpoint(Path("checkpoints/run/last.pt"))["args"]["precision"] == chosen
-
-
-def test_without_a_compiler_the_run_goes_on(folder, workplace, monkeypatch, capsys):
-    class Missing(torch.nn.Module):  # it is looked for at the first call
-        def forward(self, *args):
-            raise RuntimeError("no C++ compiler")
-    plain = fit(folder)
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: Missing())
-    assert fit(folder, "--compile")[1] == plain[1]
-    assert capsys.readouterr().err.count("no C++ compiler") == 1
 
 
 def test_a_loss_that_jumps_is_reported(capsys):
