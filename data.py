@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from cli import UserError
-from datasets import DATASETS, crops, grayscale, read_glyphs, read_named, resize
-from files import ARRAYS, LINES, read_own, read_paths
+from datasets import DATASETS, read_glyphs, read_named
+from files import ARRAYS, read_own, read_paths
+from pixels import LINES, crops, grayscale, resize
 from randomness import stream, stream_seed
 from utils import to_device
 

@@ -32,39 +32,6 @@ DATASETS = ("glyphs", *NAMED)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pixels
-
-def grayscale(images, transform):
-    """uint8 [N, C, H, W] in NumPy → the luminance (ITU-R BT.601) in one channel, or the same in three."""
-    if images.shape[1] == 3:
-        weights = torch.tensor([0.299, 0.587, 0.114])
-        images = torch.cat([torch.einsum("nchw,c->nhw", part.float(), weights).round().byte()[:, None]
-                            for part in torch.from_numpy(images).split(1000)]).numpy()
-    return images.repeat(3, axis=1) if transform == "grayscale3" else images
-
-
-def cover(image, size):
-    """A PIL image, scaled to cover (H, W) and cropped at its centre."""
-    from PIL import Image, ImageOps
-    return ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BICUBIC)
-
-
-def crops(shape, size):
-    """Whether `cover` cuts away more than a twentieth of an image of this shape (H, W, …)."""
-    scales = shape[0] / size[0], shape[1] / size[1]
-    return min(scales) < 0.95 * max(scales)
-
-
-def resize(images, size):
-    """`cover` for uint8 [N, C, H, W] in NumPy."""
-    from PIL import Image
-    grey = images.shape[1] == 1
-    small = np.stack([np.asarray(cover(Image.fromarray(i[0] if grey else i.transpose(1, 2, 0)), size))
-                      for i in images])
-    return small[:, None] if grey else np.ascontiguousarray(small.transpose(0, 3, 1, 2))
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The cache: .npy files, mapped into memory, read without pickle
 
 def cached(data_dir, key, count, make):

@@ -54,6 +54,28 @@ def pixels(split):
     return split.batch(torch.arange(len(split)))[0]
 
 
+def blob(height, width, seed):
+    """A Gaussian bump in [0, 1]"""
+    y, x, size = np.random.default_rng(seed).uniform((0.2, 0.2, 0.1), (0.8, 0.8, 0.3))
+    rows, columns = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)
+    return np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / (2 * size ** 2))
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def everything(read):
+    """All images of a dataset, in the order of their bytes"""
+    images = torch.cat([pixels(split) for split in (read.train, read.val, read.test)]).numpy()
+    return np.array(sorted(images, key=lambda image: image.tobytes()))
+
+
+def in_order(images):
+    return np.array(sorted(images, key=lambda image: image.tobytes()))[:, None]
+
+
 def zeroed(network):
     for parameter in network.parameters():
         torch.nn.init.zeros_(parameter)
