@@ -56,7 +56,9 @@ class Subject:
     def save(self, name, draw, caption, *content):
         """Write a picture with draw(path, caption, *content)."""
         unfinished = f", unfinished, epoch {self.checkpoint['epoch']}" * is_unfinished(self.checkpoint)
-        draw(self.folder / name, f"{self.trained['log_dir']}{unfinished}: {caption}", *content)
+        asked = self.args.classes or []
+        only = f", only classes {', '.join(asked[:8])}{', …' * (len(asked) > 8)}" * bool(asked)
+        draw(self.folder / name, f"{self.trained['log_dir']}{unfinished}{only}: {caption}", *content)
         print(self.folder / name)
 
     @cached_property

@@ -38,6 +38,7 @@ def test_infer_conditional_draws_only_the_classes_asked_for(folder, workplace, c
         assert torch.equal(z[:10], z[10:]) == (prior == "model")
     infer.main(["--only", "samples", "--classes", "3", "7", "--num_samples", "9"])
     assert set(seen[-1][1].tolist()) == set(seen[-2][1].tolist()) == {3, 7}
+    assert "run, only classes 3, 7: samples" in Image.open("results/run/samples.png").text["Description"]
     infer.main([])
     capsys.readouterr()
     assert outcome(infer.main, ["--classes", "11"], capsys) == \
