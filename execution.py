@@ -1,5 +1,5 @@
-"""How a step of training is executed: compiled, by many processes, recorded for a GPU. What it computes is in
-train.py.
+"""How a step of training is executed: it may be compiled, shared by many processes, or recorded for a GPU.
+What it computes is in train.py.
 """
 
 import warnings

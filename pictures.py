@@ -20,6 +20,7 @@ import figures
 from cli import UserError
 from data import Data
 from figures import save_grid, save_picture
+from files import few
 from model import AE
 from randomness import stream
 from runs import differing_arguments, is_unfinished
@@ -56,8 +57,7 @@ class Subject:
     def save(self, name, draw, caption, *content):
         """Write a picture with draw(path, caption, *content)."""
         unfinished = f", unfinished, epoch {self.checkpoint['epoch']}" * is_unfinished(self.checkpoint)
-        asked = self.args.classes or []
-        only = f", only classes {', '.join(asked[:8])}{', …' * (len(asked) > 8)}" * bool(asked)
+        only = f", only classes {few(self.args.classes)}" if self.args.classes else ""
         draw(self.folder / name, f"{self.trained['log_dir']}{unfinished}{only}: {caption}", *content)
         print(self.folder / name)
 
