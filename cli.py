@@ -189,6 +189,12 @@ def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def few(names, most=8):
+    """The first names, for a line."""
+    names = list(names)
+    return ", ".join(names[:most]) + ", …" * (len(names) > most)
+
+
 def say(text):
     """Print at once, from the first process. A reader that is gone, such as `| head`, must not end a run."""
     try:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, one_line
+from cli import UserError, few, one_line
 from datasets import DATASETS, cached, save_arrays, signature
 from pixels import (
     Found,
@@ -214,9 +214,8 @@ def list_images(root, said):
                     f"such as {printable(deeper[0].parent.relative_to(root).as_posix())}, are not")
     loose = sorted(images(root, [path.name for path in root.iterdir() if not path.is_dir()]))
     if skipped:
-        kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in skipped.most_common(8))
-        said.append(f"{printable(root)}: left out: files of other kinds ({kinds}"
-                    f"{', …' if len(skipped) > 8 else ''})")
+        kinds = few(f"{n:,} {suffix}" for suffix, n in skipped.most_common())
+        said.append(f"{printable(root)}: left out: files of other kinds ({kinds})")
     if folders and len(loose) > sum(map(len, folders.values())):
         raise UserError(f"{printable(root)} holds {len(loose)} images, and fewer in its folders "
                         f"({', '.join(folders)}): are these classes? Move one or the other elsewhere")
@@ -230,12 +229,6 @@ def printable(path):
     text = os.fsencode(path).decode(errors="backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode()
                    for letter in text)
-
-
-def few(names, most=8):
-    """The first names, for a line"""
-    names = list(names)
-    return ", ".join(names[:most]) + ", …" * (len(names) > most)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 
 import figures
-from cli import UserError
+from cli import UserError, few
 from data import Data
 from figures import save_grid, save_picture
-from files import few
 from model import AE
 from randomness import stream
 from runs import differing_arguments, is_unfinished

@@ -19,7 +19,7 @@ import cli
 import distributed
 import runs
 from arguments import parse_args, scheduled
-from cli import UserError, say, warn
+from cli import UserError, few, say, warn
 from data import load_with, warp
 from datasets import DATASETS
 from distributed import RANK, WORLD, all_reduce_sum, broadcast
@@ -355,7 +355,7 @@ def check_data(args, data, checkpoint=None):
         asked = torch.cat([data.val.labels, data.test.labels])
         unseen = set(asked.tolist()) - set(data.train.labels.tolist())
         if unseen:
-            names = ", ".join(data.classes[label] for label in sorted(unseen)[:8]) + ", …" * (len(unseen) > 8)
+            names = few(data.classes[label] for label in sorted(unseen))
             raise UserError(f"--conditional: no training image is of the class {names}, which validation or "
                             "test images have; remove these images, or train without --conditional")
     if min(data.shape[1:]) < 8:
@@ -436,9 +436,8 @@ def print_start(args, data, state):
             f"(--beta_mode {args.beta_mode}); losses are printed at the target, {args.target_beta_val:g}")
     if data.classes:
         counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
-        named = [f"{name} ({count:,})" for name, count in zip(data.classes[:5], counts)]
-        say(f"{len(counts)} classes, with their training images: {', '.join(named)}"
-            + ", …" * (len(counts) > 5))
+        named = few((f"{name} ({count:,})" for name, count in zip(data.classes, counts)), most=5)
+        say(f"{len(counts)} classes, with their training images: {named}")
     steps = steps_per_epoch(data, args) * args.epochs
     if len(data.train) < 10_000 and steps < 1000 and not state.step:
         batch_size = min(args.batch_size, max(1, len(data.train) // 20))
