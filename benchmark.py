@@ -328,7 +328,8 @@ SPEEDRUN = [  # NLL, whose, seeds, arguments beside the common ones
 
 
 def speedrun(rest):
-    """Train the models of SPEEDRUN and measure them, with 500 latents per image; print a row for each.
+    """Train the models of SPEEDRUN and measure them, with 500 latents per image; print a row for each: means
+    over seeds, and the median of their times.
 
     rest: further arguments of train.py. With --limit N among them, N images are measured, of one seed.
     """
@@ -349,14 +350,14 @@ def speedrun(rest):
             measured.append(json.loads(Path("results", name, "evaluation.json").read_text()))
         nll, bound = ([figures[key] for figures in measured] for key in ("iw_nll", "neg_elbo"))
         print(f"{target} {paper}: NLL {spread(nll)} (standard error over images "
-              f"{measured[0]['iw_nll_se']:.2f}), -ELBO {spread(bound)}, {spread(took, 0)} s, seeds: {seeds}",
+              f"{measured[0]['iw_nll_se']:.2f}), -ELBO {spread(bound)}, {median(took):.0f} s, seeds: {seeds}",
               flush=True)
 
 
-def spread(values, digits=2):
+def spread(values):
     """The mean as text, and with several values their standard deviation"""
-    more = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{more}"
+    more = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{more}"
 
 
 def places(folder):

@@ -306,9 +306,9 @@ def latents(subject):
     what = "latents" if subject.codes.std is None else "means of the posterior"
     names = subject.about["classes"]
     many = f", coloured by their {len(names)} classes" if len(names) > 20 else ""
-    few = f", in two directions of {subject.model.latent_size}: what overlaps here may be apart in the others"
+    two = f", in two directions of {subject.model.latent_size}: what overlaps here may be apart in the others"
     subject.save("latents.png", figures.latents, f"{what} of {len(points):,} test images{many}"
-                 + few * (subject.model.latent_size > 2), points, subject.codes.labels, names, axes)
+                 + two * (subject.model.latent_size > 2), points, subject.codes.labels, names, axes)
 
 
 def units(subject):

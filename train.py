@@ -479,9 +479,9 @@ def print_test(test, args, images, ratio, steps):
     if args.loss_mode == "vae":
         say("active units: " + ("not known from so few test images" if active is None else
                                 f"{active} of {args.latent_size}"))
-    few = active is not None and active < min(2, args.latent_size)
+    few_active = active is not None and active < min(2, args.latent_size)
     # with --iw_train, L_reg is no KL, and the advice does not apply
-    collapsed = args.loss_mode == "vae" and not args.iw_train and (test["test_kl"] < 1 or few)
+    collapsed = args.loss_mode == "vae" and not args.iw_train and (test["test_kl"] < 1 or few_active)
     if ratio > (1.1 if collapsed else 0.99):  # a collapsed model decodes the mean image, whose ratio is 1
         say(f"nothing was learned: reconstructions are no better than the mean test image ({ratio:.2f} times "
             "its squared error). What may help: " + (
