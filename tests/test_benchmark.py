@@ -2,7 +2,9 @@
 
 import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +36,27 @@ def test_the_plain_way_of_the_benchmark_trains_the_same_network(workplace):
     for other in (["--dataset=glyphs"], ["--dataset=mnist", "--image_size=16"]):
         with pytest.raises(cli.UserError, match="goes with a dataset of torchvision"):
             benchmark.plain_parts(*other)
+
+
+def test_the_speedrun_prints_means_deviations_and_the_median_time(workplace, capsys, monkeypatch):
+    nll, bound, took = (86.1, 85.9, 86.6), (90.0, 89.9, 90.4), (26.0, 40.0, 30.0)
+    figures = iter(zip(nll, bound))
+
+    def fake_run(command, **_):  # stands for the two scripts
+        if "--evaluate" in command:
+            folder = workplace / "results" / Path(command[-1]).parent.relative_to("checkpoints")
+            folder.mkdir(parents=True)
+            iw_nll, neg_elbo = next(figures)
+            (folder / "evaluation.json").write_text(json.dumps({
+                "iw_nll": iw_nll, "iw_nll_se": 0.2, "neg_elbo": neg_elbo}))
+    clock = iter(np.cumsum([time for seconds in took for time in (1, seconds)]).tolist())
+    monkeypatch.setattr(benchmark, "SPEEDRUN", [(86.76, "a paper", 3, "--model mlp")])
+    monkeypatch.setattr(benchmark.subprocess, "run", fake_run)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    benchmark.main(["--speedrun"])
+    means = [f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" for values in (nll, bound)]
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"86.76 a paper: NLL {means[0]} (standard error over images 0.20), -ELBO {means[1]}, 30 s, seeds: 3")
 
 
 @pytest.mark.slow
