@@ -190,7 +190,7 @@ def one_line(error):
 
 
 def few(names, most=8):
-    """The first names, for a line."""
+    """The first names as text; an ellipsis stands for the others."""
     names = list(names)
     return ", ".join(names[:most]) + ", …" * (len(names) > most)
 

@@ -218,7 +218,7 @@ def list_images(root, said):
         said.append(f"{printable(root)}: left out: files of other kinds ({kinds})")
     if folders and len(loose) > sum(map(len, folders.values())):
         raise UserError(f"{printable(root)} holds {len(loose)} images, and fewer in its folders "
-                        f"({', '.join(folders)}): are these classes? Move one or the other elsewhere")
+                        f"({few(folders)}): are these classes? Move one or the other elsewhere")
     if folders and loose:
         said.append(f"{printable(root)}: left out: {len(loose)} images beside its folders, which are classes")
     return folders or ({"": loose} if loose else {})

@@ -304,11 +304,12 @@ def latents(subject):
     origin, directions, axes = subject.plane(subject.codes.z)
     points = (subject.codes.z - origin) @ directions.T
     what = "latents" if subject.codes.std is None else "means of the posterior"
-    names = subject.about["classes"]
+    names, size = subject.about["classes"], subject.model.latent_size
     many = f", coloured by their {len(names)} classes" if len(names) > 20 else ""
-    two = f", in two directions of {subject.model.latent_size}: what overlaps here may be apart in the others"
-    subject.save("latents.png", figures.latents, f"{what} of {len(points):,} test images{many}"
-                 + two * (subject.model.latent_size > 2), points, subject.codes.labels, names, axes)
+    plane = (f", in two directions of {size}: what overlaps here may be apart in the others"
+             if size > 2 else "")
+    subject.save("latents.png", figures.latents, f"{what} of {len(points):,} test images{many}{plane}",
+                 points, subject.codes.labels, names, axes)
 
 
 def units(subject):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import cli
 import infer
 import runs
 import train
@@ -63,6 +64,12 @@ cli.run_script(lambda: print(-work() + work()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE)
     assert int(done.stdout) < 5000, done.stderr  # of 100,000 pages
+
+
+def test_a_list_of_names_is_cut_after_the_first_ones():
+    assert cli.few("abcdefgh") == "a, b, c, d, e, f, g, h"
+    assert cli.few("abcdefghi") == "a, b, c, d, e, f, g, h, …"
+    assert cli.few(iter("abc"), most=2) == "a, b, …" and cli.few([]) == ""
 
 
 @pytest.mark.slow

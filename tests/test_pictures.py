@@ -50,14 +50,16 @@ def test_latents_are_the_means_or_their_principal_components(folder, workplace, 
         return sorted(np.round(np.abs(points.numpy()), 3).tolist())
     fit(folder, "--latent_size=2")
     infer.main(["--only", "latents"])
-    points, labels, names, axes = drawn["latents"][2:]
+    caption, points, labels, names, axes = drawn["latents"][1:]
+    assert "two directions" not in caption
     _, everything, (mean, _) = encoded(folder)
     assert rows(points) == rows(mean) and axes == ["z1", "z2"] and names == everything.classes
     i = int(points[:, 0].argmax())  # a point and its class
     assert labels[i] == everything.test.labels[int(mean[:, 0].argmax())]
     fit(folder)
     infer.main(["--only", "latents"])
-    points, _, _, axes = drawn["latents"][2:]
+    caption, points, _, _, axes = drawn["latents"][1:]
+    assert "in two directions of 4: what overlaps" in caption
     mean = encoded(folder)[2][0]
     centred = (mean - mean.mean(0)).double().numpy()
     singular, directions = np.linalg.svd(centred, full_matrices=False)[1:]
