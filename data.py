@@ -188,20 +188,24 @@ def fixed_draw(split, name):
     """A stochastic binarisation of a split that is drawn once and never changes, in memory."""
     everything = torch.arange(len(split))
     levels, labels = replace(split, stochastic=True).batch(everything, 42, "binarize", name)
-    names = None if split.names is None else split.names[split.rows.cpu()]
+    names = None if split.names is None else split.names[split.rows.cpu().numpy()]
     return Split(255 * levels, everything, labels, split.levels, names=names)
 
 
-def own_images(paths, about, transform="none", value_range=None, device="cpu"):
+def own_images(paths, about, transform="none", value_range=None, binarize="threshold", device="cpu"):
     """Image files, folders of them or .npy files of any size, as the images that a model was trained on.
 
     about: of these, as Data.about returns it
+    binarize: as in training, but pixels of an image that are drawn at random are always the same
     → a Split; the names of its labels, see read_paths. Raises UserError if one cannot be read.
     """
     images, names, labels, classes = read_paths(paths, about["shape"], transform, value_range,
                                                 about.get("untyped"), about["classes"])
-    return Split(torch.from_numpy(images), torch.arange(len(images)),
-                 torch.from_numpy(labels).to(device), about["levels"], names=names), classes
+    images = torch.from_numpy(images)
+    if about["levels"] == 2 and binarize == "stochastic":
+        images = 255 * binarize_each(images)
+    split = Split(images, torch.arange(len(images)), torch.from_numpy(labels), about["levels"], names=names)
+    return on_device([split], torch.device(device))[0], classes
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,6 +244,13 @@ def binarize(images, *key):
         high -= carry.view(np.uint8)
         np.less(high, block, out=block.view(bool))
     return levels.to(images.device)
+
+
+def binarize_each(images):
+    """`binarize` with a key for each image, the checksum of its bytes, so that the draw of an image does not
+    depend on the others.
+    """
+    return torch.cat([binarize(image[None], "images", zlib.crc32(image.numpy())) for image in images])
 
 
 def warp(images, generator, n, part=slice(None)):

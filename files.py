@@ -33,8 +33,8 @@ from pixels import (
 )
 
 SPLITS = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")  # names of folders
-SPLIT_LIKE = re.compile(r"(?<![A-Za-z])(?i:train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|holdout)"
-                        r"(?i:set|data|images)?(?![a-z])")  # seg_train, test2017, trainA, dev
+SPLIT_LIKE = re.compile(r"(?<![A-Za-z])(?i:train(ing)?|val(id(at(e|ion))?)?|tests?|testing|dev"
+                        r"|eval(uat(e|ion))?|holdout)(?i:set|data|images)?(?![a-z])")  # seg_train, trainA
 ARRAYS = (".npy", ".npz")  # suffixes of array files
 UNLABELLED = "unlabelled"  # the class of images without one, beside images with classes
 BYTES = 2**25  # of images in memory at a time while they are decoded
@@ -66,7 +66,7 @@ def read_own(path, data_dir, image_size=None, transform="none", value_range=None
         raise UserError(f"{path} is neither one of {', '.join(DATASETS)} nor a folder of images nor an array "
                         "file")
     key = "-".join(hashlib.sha256(part).hexdigest()[:8] for part in (
-        os.fsencode(path.resolve()), repr([9, image_size, transform, value_range, stamp]).encode()))
+        os.fsencode(path.resolve()), repr([10, image_size, transform, value_range, stamp]).encode()))
 
     def make(out):
         writer = Writer(out[0], transform)
@@ -150,7 +150,8 @@ def refuse_other_splits(root, subfolders, classes):
     within = []  # folders that hold splits
     for folder in subfolders:
         inner = {name.lower() for name in next(os.walk(folder), ("", [], []))[1]}
-        if inner & set(SPLITS[0]) and inner & {*SPLITS[1], *SPLITS[2]} and list_images(folder, []):
+        if inner & set(SPLITS[0]) and any(map(SPLIT_LIKE.search, inner - set(SPLITS[0]))) \
+                and list_images(folder, []):
             within.append(folder)
     if within:
         raise UserError(f"{printable(root)}: {few(f'{printable(folder.name)}/' for folder in within)} has "
@@ -315,6 +316,8 @@ def read_folder(root, splits, writer, image_size, value_range, progress_bar):
             return [], found, error
 
     workers = min(8, os.cpu_count())  # each holds a whole photo, of 36 MB and more
+    most_pages = max((len(part) for *_, part in items), default=1)  # of an item
+    largest = 0  # image, in bytes
     with (warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool,
           tqdm(total=len(items), desc="decoding", leave=False, disable=not progress_bar) as bar):
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # see open_image
@@ -336,10 +339,10 @@ def read_folder(root, splits, writer, image_size, value_range, progress_bar):
                               [name + (f"#{part.start + i}" if (part.start, len(part)) != (0, 1) else "")
                                for i in range(len(images))])
                 check_sizes(root, writer)
-                size = max((image.nbytes for image in images), default=0)
+                largest = max([largest, *(image.nbytes for image in images)])
             writer.flush()
             position += len(done)
-            block = max(workers, min(1000, BYTES // max(size * len(done[-1][3]), 1)))
+            block = max(workers, min(1000, BYTES // (largest * most_pages))) if largest else workers
             bar.update(len(done))
     if not writer.written:
         path, error = writer.unreadable[0]

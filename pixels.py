@@ -36,6 +36,9 @@ class Found:
         """What is said of these images"""
         lines = [f"{count:,} images {LINES[kind]}" for kind, count in self.kinds.items() if count]
         for top, (low, high) in self.ranges.items():
+            if top and value_range and max(value_range) >= 2 * top:
+                lines.append(f"images of {8 if top == 255 else 16} bits use only a part of the value range, "
+                             f"which ends at {max(value_range):g}; is it meant for them?")
             top = top or self.untyped and self.untyped[1]
             if top and not value_range and (high - low) * 8 < top:
                 cut = top == 255 and self.kinds["upper 8 bits"]

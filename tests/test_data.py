@@ -41,6 +41,18 @@ def test_stochastic_val_and_test_are_one_fixed_draw_and_train_a_fresh_one(folder
     assert torch.equal(first, a.train.batch(index, 1, "binarize", 1)[0])
 
 
+def test_own_images_are_drawn_once_where_those_of_the_training_were_drawn(tmp_path):
+    grey = np.full((200, 8, 8), 64, np.uint8)
+    grey[:, 0], grey[:, 1], grey[:, 2, 0] = 0, 255, np.arange(200)  # the draw is that of the image
+    np.save(tmp_path / "grey.npy", grey), np.save(tmp_path / "one.npy", grey[7:8])
+    about = {"shape": [1, 8, 8], "levels": 2, "classes": []}
+    for binarize, share in (("stochastic", 64 / 255), ("threshold", 0)):
+        found, alone = (pixels(data.own_images([tmp_path / name], about, binarize=binarize)[0])
+                        for name in ("grey.npy", "one.npy"))
+        assert torch.equal(found[7:8], alone) and found[:, :, 0].max() == 0 and found[:, :, 1].min() == 1
+        assert found[:, :, 3:].double().mean().item() == pytest.approx(share, abs=0.02)  # 4 standard errors
+
+
 def test_the_data_of_a_run_are_loaded_with_all_its_arguments(monkeypatch):
     args, _ = arguments.parse_args(["--image_size=16", "--levels=2", "--binarize=stochastic", "--limit=9"])
     args = vars(args)

@@ -235,6 +235,20 @@ print(decoded, peak[0] - before)
     assert max(map(float, out.split())) < 300, out
 
 
+def test_an_unreadable_file_does_not_raise_the_number_of_images_in_memory(tmp_path, monkeypatch):
+    for i in range(60):
+        picture(tmp_path / "in" / f"{i:02}.png", seed=i)
+    for i in range(3, 60, 4):  # the last of each block
+        (tmp_path / "in" / f"{i:02}.png").write_bytes(b"not an image")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(files, "BYTES", 4 * 10 * 8)
+    waiting, flush = [], files.Writer.flush
+    monkeypatch.setattr(files.Writer, "flush",
+                        lambda writer: [waiting.append(len(writer.waiting)), flush(writer)])
+    read = data.load(str(tmp_path / "in"), tmp_path)
+    assert sum(map(len, (read.train, read.val, read.test))) == sum(waiting) == 45 and max(waiting) <= 4
+
+
 def medmnist(path, shape, n=(70, 10, 20), classes=3):
     generator, arrays = np.random.default_rng(1), {}
     for name, count in zip(("train", "val", "test"), n):
@@ -361,6 +375,9 @@ def test_labels_of_two_types_are_the_same_classes(tmp_path, capsys):
                                           ("train_set test_set", "look like splits"),
                                           ("seg_train seg_test", "look like splits"),
                                           ("train dev", "look like splits"),
+                                          ("train validate", "look like splits"),
+                                          ("Training evaluation tests evaluate", "look like splits"),
+                                          ("wrap/train wrap/validate", "give .*wrap as the dataset"),
                                           ("cat/train cat/test dog/train dog/test", "splits come first"),
                                           ("trainA trainB testA testB", "look like splits")])
 def test_splits_one_level_down_are_no_class(tmp_path, layout, said):

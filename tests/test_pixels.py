@@ -117,6 +117,12 @@ def test_values_in_a_small_part_of_their_range_are_said(tmp_path, capsys):
     assert "of 0 to 255, its values go from" in capsys.readouterr().err
     data.load(str(tmp_path / "bright"), tmp_path)
     assert capsys.readouterr().err == ""
+    for value_range in ((255, 0), (0, 256)):
+        data.load(str(tmp_path / "bright"), tmp_path, value_range=value_range)
+        assert capsys.readouterr().err == ""
+    data.load(str(tmp_path / "bright"), tmp_path, value_range=(0, 4095))  # of 12 bits: these are nearly black
+    assert "images of 8 bits use only a part of the value range, which ends at 4095" in \
+        capsys.readouterr().err
 
 
 def test_a_fourth_band_is_said(tmp_path, capsys):
