@@ -164,7 +164,7 @@ def check_args(parser, args):
                 Path(vars(args)[name]).resolve().is_relative_to(Path(args.dataset).resolve()):
             parser.error(f"argument --dataset: --{name} {vars(args)[name]} lies within {args.dataset!r}, so "
                          "what is written there would become images of it; move one of them")
-    for root in (args.results_dir, args.checkpoint_dir):
+    for root in (args.results_dir, args.checkpoint_dir) if args.dataset not in DATASETS else ():
         folder = Path(root, args.log_dir or "")
         if args.log_dir and Path(args.dataset).resolve().is_relative_to(folder.resolve()):
             parser.error(f"argument --log_dir: {args.dataset!r} lies within {folder}, where the run would "
@@ -191,6 +191,8 @@ def check_args(parser, args):
         if args.iw_train and vars(args)[name] != only:
             parser.error(f"argument --{name}: {vars(args)[name]} does not go with --iw_train, whose bound "
                          "has no KL to weight")
+    if args.seeds and args.seed != parser.get_default("seed"):
+        parser.error(f"argument --seed: {args.seed} does not go with --seeds, which names all")
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error(f"argument --seeds: {' '.join(map(str, args.seeds))} names a seed twice")
     for root in (args.results_dir, args.checkpoint_dir):
@@ -248,14 +250,14 @@ def resume_args(parser, defaults, given):
 
 def find_run(parser, path, args, given):
     """Set checkpoint_dir and log_dir of the run from where its checkpoint is now: it may have been moved,
-    copied or renamed, or named from another working directory. In the last case the run's other relative
-    paths are moved too, except those given on the command line.
+    copied or renamed (see also runs.name_of_run), or named from another working directory. In the last case
+    the run's other relative paths are moved too, except those given on the command line.
     """
     folder, name = path.resolve().parent, Path(args.log_dir).parts
     if folder.parts[-len(name):] != name:
         name = folder.parts[-len(name):] if folder.name.startswith("seed_") else folder.parts[-1:]
         try:
-            run_name(folder.name)
+            run_name("/".join(name))
         except argparse.ArgumentTypeError as error:
             parser.error(f"argument --resume: rename its folder, {error}")
     root, began = folder.parents[len(name) - 1], Path(args.checkpoint_dir)
@@ -273,4 +275,4 @@ def find_run(parser, path, args, given):
 def scheduled(args):
     """The options in use that depend on --epochs, which a resumed run with any of them cannot change."""
     names = ["beta_mode"] * (args.loss_mode == "vae") + ["lr_schedule", "warp"]
-    return [f"--{name}" for name in names if vars(args)[name] not in ("constant", 0)]
+    return [f"--{name}" for name in names if vars(args)[name] not in ("constant", 0, 1)]

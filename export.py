@@ -4,7 +4,6 @@ import contextlib
 import csv
 import html
 import io
-import json
 import re
 
 import numpy as np
@@ -100,11 +99,8 @@ def write_page(subject):
     epochs = [picture for picture in pictures if re.fullmatch(r"(samples|reconstructions)_\d+", picture.stem)]
     figures = {}
     for name in ("test.json", "evaluation.json"):
-        try:
-            found = json.loads((folder / name).read_text())
-            figures |= {key: value for key, value in found.items() if value is not None and key != "ckpt"}
-        except (OSError, ValueError, AttributeError):  # not measured, or damaged
-            pass
+        figures |= {key: value for key, value in subject.measured(name).items()
+                    if value is not None and key != "ckpt"}
     about = describe_checkpoint(subject.path, checkpoint)
     parts = [f"<h1>{html.escape(run)}</h1>", f"<p>{html.escape(about)}</p>",
              f"<pre>{html.escape(checkpoint['args']['command'])}</pre>"]

@@ -11,7 +11,7 @@ import torch
 
 import cli
 import figures
-from cli import ArgumentParser, UserError, device_type, number, one_line, run_script
+from cli import ArgumentParser, UserError, device_type, few, number, one_line, run_script
 from data import dataset_problem, load_with, own_images
 from datasets import DATASETS
 from distributions import Mixture
@@ -19,7 +19,14 @@ from evaluate import evaluate, evaluate_samples, print_metrics
 from export import export_latents, export_samples, renew_page, write_page
 from model import build
 from pictures import NEED_DATA, PICTURES, Subject, compare, draw_images, explore
-from runs import describe_checkpoint, differing_arguments, find_checkpoint, load_checkpoint, write_json
+from runs import (
+    describe_checkpoint,
+    differing_arguments,
+    find_checkpoint,
+    is_unfinished,
+    load_checkpoint,
+    write_json,
+)
 
 
 def restore(path, device="cpu"):
@@ -92,7 +99,7 @@ def quality(subject):
 
 
 def measure(subjects):
-    """Write evaluation.json of each, and print the figures; of several seeds also their mean."""
+    """Write evaluation.json of each, and print the figures; of several finished seeds also their mean."""
     measured = []
     for subject in subjects:
         measured.append(evaluate(subject.model, subject.data, subject.args) | quality(subject))
@@ -112,8 +119,14 @@ def measure(subjects):
                   "(--binarize stochastic) and cannot be compared with these")
     trained = [subject.trained for subject in subjects]
     if differing_arguments(trained) == ["seed"] and len({run["seed"] for run in trained}) == len(trained):
-        print("mean ± standard deviation of the seeds")
-        print_metrics(measured)
+        other = [subject for subject in subjects if not subject.checkpoint["finished"]]
+        # the figures of an unfinished run are of fewer epochs, and of samples without the mixture
+        if 0 < len(other) < len(subjects) or any(is_unfinished(subject.checkpoint) for subject in other):
+            print("no mean of the seeds, because not all are the best.pt of a finished run: "
+                  + few(subject.path.as_posix() for subject in other))
+        else:
+            print("mean ± standard deviation of the seeds")
+            print_metrics(measured)
 
 
 def export(subject, split, own_classes):
@@ -167,7 +180,8 @@ def parse_args(argv=None):
     add("--prior", choices=("model", "fitted"),
         help="what samples are drawn from: the prior of training, or the mixture fitted to latents after it "
              "(default: fitted, where there is one)")
-    add("--classes", nargs="+", metavar="NAME", help="of a conditional model: only these (default: all)")
+    add("--classes", nargs="+", metavar="NAME",
+        help="of a conditional model: only these (default: all); with --export the class of --images")
     add("--split", choices=("train", "val", "test"), default="test", help="with --export: which images")
     add("--iw_samples", type=number(int, 1), default=500, metavar="K",
         help="with --evaluate: latents per image for the likelihood")
@@ -200,8 +214,12 @@ def check_args(parser, args):
         if vars(args)[name] != parser.get_default(name) and chosen not in modes:
             parser.error(f"argument --{name}: goes with " + (
                 f"drawing, not with --{chosen}" if "draw" in modes else f"--{modes[0]}"))
-    if args.images and (args.only or args.split != "test"):
-        parser.error(f"argument --images: not beside --{'only' if args.only else 'split'}")
+    for name in ("only", "split", "num_samples", "temperature", "prior"):
+        if args.images and vars(args)[name] != parser.get_default(name):
+            parser.error(f"argument --images: not beside --{name}")
+    if args.classes and args.export and not args.images:
+        parser.error("argument --classes: with --export it goes with --images; without these all classes are "
+                     "exported, and the column label names them")
     for path in args.images or ():
         if not path.exists():
             parser.error(f"argument --images: {str(path)!r} is not there")
@@ -278,9 +296,12 @@ def main(argv=None):
         subject = subjects[0]
         if args.images:
             split, own_classes = own_images(args.images, subject.about, subject.trained["transform"],
-                                            subject.trained["value_range"], args.device)
+                                            subject.trained["value_range"], subject.trained["binarize"],
+                                            args.device)
             shape, levels = "x".join(map(str, subject.about["shape"])), subject.about["levels"]
-            print(f"--images: {len(split):,}, brought to {shape} pixels of {levels} levels, as in training")
+            drawn = "drawn at random " * ((levels, subject.trained["binarize"]) == (2, "stochastic"))
+            print(f"--images: {len(split):,}, brought to {shape} pixels of {levels} levels, {drawn}as in "
+                  "training")
         else:
             split, own_classes = getattr(subject.data, args.split), None
         if args.export:

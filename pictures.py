@@ -88,6 +88,18 @@ class Subject:
                   "others")
         return self.asked_labels[:most]
 
+    def measured(self, name):
+        """The content of test.json or evaluation.json; an empty dictionary if it is not of this checkpoint"""
+        try:
+            found = json.loads((self.folder / name).read_text())
+            same = Path(found.get("ckpt", self.path)).resolve() == self.path.resolve()
+            # measured before the run ended, a model had no mixture yet
+            prior = self.model.sampling_prior(self.model.fitted is not None).description
+            same = same and found["epoch"] == self.checkpoint["epoch"] and found.get("prior") in (None, prior)
+            return found if same else {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not measured, or damaged
+            return {}
+
     def shuffled(self, purpose):
         """The indices of the test images (of the chosen classes) in a random order, int64 [n]"""
         split = self.data.test
@@ -413,7 +425,7 @@ def draw_images(subject, split):
     """
     model, n = subject.model, min(len(split), 64)
     subject.folder.mkdir(parents=True, exist_ok=True)
-    levels, _ = split.batch(torch.arange(n), subject.args.seed, "images")
+    levels, _ = split.batch(torch.arange(n))
     images = levels / subject.scale
     if len(split) > n:
         print(f"images.png: the first {n} of {len(split):,} images; --export measures all")
@@ -536,13 +548,8 @@ def comparison(subject, differing):
 
 def evaluated(subject):
     """The numbers of evaluation.json by name, if they are of this checkpoint; else an empty dictionary."""
-    try:
-        measured = json.loads((subject.folder / "evaluation.json").read_text())
-        same = Path(measured["ckpt"]).resolve() == subject.path.resolve()
-        numbers = {name: value for name, value in measured.items() if isinstance(value, (int, float))}
-        return numbers if same and numbers["epoch"] == subject.checkpoint["epoch"] else {}
-    except (OSError, ValueError, TypeError, KeyError):  # not measured, or damaged
-        return {}
+    return {name: value for name, value in subject.measured("evaluation.json").items()
+            if isinstance(value, (int, float))}
 
 
 def explore(subject):

@@ -2,6 +2,7 @@
 run begins and resumes is in train.py, how it is saved and stops in training_state.py.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -222,8 +223,23 @@ def is_unfinished(checkpoint):
     return not checkpoint["finished"] and checkpoint["epoch"] < checkpoint["args"]["epochs"]
 
 
+def name_of_run(path, args):
+    """The name of the run that a checkpoint is of: that of its folder below the folder of checkpoints, where
+    the run may have been renamed or copied since; anywhere else the one that it was trained with.
+
+    args: those in the checkpoint
+    """
+    folder, root = Path(path).resolve().parent, Path(args["checkpoint_dir"])
+    for above in folder.parents:
+        if above == root.resolve() or above.parts[-len(root.parts):] == root.parts:
+            with contextlib.suppress(argparse.ArgumentTypeError):  # of another name no run can be
+                return run_name(folder.relative_to(above).as_posix())
+    return args["log_dir"]
+
+
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU, without executing any code in it.
+    """Read a checkpoint onto the CPU, without executing any code in it. Its args["log_dir"] is the name that
+    the run has now, see name_of_run.
 
     Raises UserError if the file is damaged, holds a number that is not finite, or is not of this project.
     """
@@ -247,6 +263,7 @@ def load_checkpoint(path):
         assert version < VERSION or isinstance(checkpoint["finished"], bool)
         assert all(value.layout == torch.strided and not value.is_quantized for value in tensors(checkpoint))
         run_name(checkpoint["args"]["log_dir"])  # a file from elsewhere must not choose where we write
+        checkpoint["args"]["log_dir"] = name_of_run(path, checkpoint["args"])
     except Exception:
         raise UserError(f"{path} is not a checkpoint of this project")
     if version != VERSION:

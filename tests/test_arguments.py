@@ -55,6 +55,25 @@ def test_a_copied_run_leaves_the_original_alone(folder, workplace, capsys):
     assert len(Path("results/backup/metrics.csv").read_text().splitlines()) == 3
 
 
+def test_a_renamed_group_leaves_other_runs_alone(folder, workplace, capsys):
+    argv = [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1"]
+    for name in ("base", "group/base"):
+        train.main([*argv, f"--log_dir={name}"])
+    before = {path: path.read_bytes() for path in workplace.rglob("*s/base/*") if path.name != "lock"}
+    os.rename("checkpoints/group", "checkpoints/old")
+    train.main(["--resume", "checkpoints/old/base/last.pt", "--epochs", "2"])
+    assert len(before) > 4 and all(path.read_bytes() == content for path, content in before.items())
+    assert len(Path("results/old/base/metrics.csv").read_text().splitlines()) == 3
+    train.main([*argv, "--seeds", "1", "--log_dir=three"])
+    shutil.copytree("checkpoints/three", "checkpoints/three (copy)")
+    status, error = outcome(train.main, ["--resume", "checkpoints/three (copy)/seed_1/last.pt"], capsys)
+    assert status == 2 and "rename its folder" in error  # no checkpoint is written that could not be read
+
+
+def test_a_dataset_of_a_name_is_no_folder(workplace):
+    arguments.parse_args(["--dataset=glyphs", "--log_dir=glyphs", "--results_dir=."])
+
+
 def test_epochs_cannot_change_under_a_schedule(folder, workplace, capsys, monkeypatch):
     fit(folder, "--beta_mode=linear")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
@@ -67,7 +86,7 @@ def test_epochs_cannot_change_under_a_schedule(folder, workplace, capsys, monkey
     fit(folder, "--lr_schedule=cosine")
     status, error = outcome(train.main, ["--resume", "checkpoints/run/last.pt", "--epochs", "3"], capsys)
     assert status == 2 and "--lr_schedule" in error
-    fit(folder, "--loss_mode=ae", "--beta_mode=linear")  # an AE has no beta
+    fit(folder, "--loss_mode=ae", "--beta_mode=linear", "--warp=1")  # an AE has no beta; always warped
     train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "3"])
     assert len(Path("results/run/metrics.csv").read_text().splitlines()) == 1 + 3
 

@@ -17,6 +17,7 @@ import evaluate
 import infer
 import model
 import randomness
+import runs
 import train
 from tests.conftest import HERE, double, fit, levels_like, outcome, pixels
 from tests.test_model import LinearGaussian
@@ -79,6 +80,23 @@ def test_several_models_are_measured_at_once_and_one_with_a_flow_prior_is_drawn(
     drawn = {path.name for path in Path("results/run/seed_1").glob("[a-z]*s.png")}
     assert {"reconstructions.png", "latents.png", "traversals.png"} <= drawn and "units.png" not in drawn
     assert status == 1 and "left out units: an AE has no KL, and with --prior flow" in error
+
+
+def test_seeds_have_no_mean_while_one_is_unfinished(folder, workplace, capsys):
+    for seed in (1, 2):
+        fit(folder, f"--seed={seed}")
+        shutil.move("checkpoints/run", f"checkpoints/seed_{seed}")
+    paths = [Path(f"checkpoints/seed_{seed}/best.pt") for seed in (1, 2)]
+    argv = ["--evaluate", "--limit=30", "--ckpt", *map(str, paths)]
+    infer.main(argv)
+    assert "mean ± standard deviation of the seeds" in capsys.readouterr().out
+    state = runs.load_checkpoint(paths[1])
+    for epoch in (1, 2):  # killed after the first of two, or after the last, before the mixture
+        runs.save_checkpoint(paths[1], {**state, "fitted": None, "finished": False, "epoch": epoch})
+        for order in (argv, [*argv[:3], *reversed(argv[3:])]):
+            infer.main(order)
+            said = capsys.readouterr().out
+            assert "the best.pt of a finished run: checkpoints/seed_2/best.pt\n" in said and "±" not in said
 
 
 def test_an_ae_is_measured_against_pca(folder, workplace):

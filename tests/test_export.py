@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import infer
+import runs
 import train
 from tests.conftest import fit, outcome, picture, pixels
 
@@ -115,6 +116,24 @@ def test_own_images_under_every_class(folder, workplace, drawn, capsys):
     Path("mine/7").rename("mine/seven")
     status, error = outcome(infer.main, ["--images", "mine", "--export"], capsys)
     assert status == 1 and "--classes" in error
+    status, error = outcome(infer.main, ["--export", "--classes", "7"], capsys)  # not all classes in silence
+    assert status == 2 and "--classes" in error and "column label" in error
+
+
+def test_own_images_are_measured_as_drawn_pixels_where_the_model_knows_only_these(workplace):
+    for i in range(12):  # one for the test
+        Path("grey").mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), 60 + 10 * i, np.uint8)).save(f"grey/{i}.png")
+    fit("grey", "--levels=2", "--binarize=stochastic", epochs=1)
+    infer.main(["--export"])
+    name, = np.load("results/run/latents.npz")["name"]
+    infer.main(["--images", f"grey/{name}", "--export"])
+    found = np.load("results/run/latents_images.npz")
+    net, checkpoint = infer.restore("checkpoints/run/best.pt")
+    own, _ = data.own_images([Path("grey", name)], checkpoint["data"], binarize="stochastic")
+    drawn = own.batch(torch.arange(1))[0]
+    assert drawn.unique().tolist() == [0, 1]  # a threshold would leave one of these
+    assert found["z"][0] == pytest.approx(net.embed(drawn, None)[0].tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("flags", [["--levels=2"], ["--conditional"]], ids=str)
@@ -164,6 +183,14 @@ def test_the_page_shows_what_is_in_the_folder_of_a_run(folder, workplace):
     infer.main(["--evaluate", "--limit", "30"]), infer.main(["--images", str(folder / "0")])
     page = Path("results/run/index.html").read_text()
     assert "psnr" in page and "images.png" in page
+    assert "test_loss" in page
+    infer.main(["--evaluate", "--limit", "30", "--ckpt", "checkpoints/run/last.pt"]), infer.main([])
+    page = Path("results/run/index.html").read_text()
+    assert "psnr" not in page and "test_loss" in page  # what was measured of another checkpoint
+    state = runs.load_checkpoint("checkpoints/run/best.pt")
+    runs.save_checkpoint(Path("checkpoints/run/best.pt"), {**state, "epoch": 1})
+    infer.main([])  # as if the test were of a longer or a shorter run
+    assert "test_loss" not in Path("results/run/index.html").read_text()
 
 
 def test_what_was_asked_for_and_left_out_is_an_error(folder, workplace, capsys):

@@ -1,6 +1,7 @@
 """Tests of infer.py."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -89,6 +90,21 @@ def test_infer_twice_is_the_same_to_the_byte(folder, workplace, flags):
     expected |= {"manifold.png"} if "--latent_size=2" in flags else set()
     expected |= {"samples_drawn.png"} if any("levels" in flag for flag in flags) else set()
     assert set(pictures[0]) == expected
+
+
+def test_a_renamed_run_has_the_results_of_its_new_name(folder, workplace):
+    fit(folder, epochs=1)
+    os.rename("checkpoints/run", "checkpoints/kept"), os.rename("results/run", "results/kept")
+    fit(folder, "--seed=2", epochs=1)
+    before = {path: path.read_bytes() for path in Path("results/run").iterdir()}
+    for argv in (["--evaluate", "--limit=30"], ["--only=samples"]):
+        infer.main([*argv, "--ckpt", "checkpoints/kept/best.pt"])
+    assert {path: path.read_bytes() for path in Path("results/run").iterdir()} == before
+    page = Path("results/kept/index.html").read_text()
+    assert "psnr" in page and "test_loss" in page and Path("results/kept/samples.png").exists()
+    Path("elsewhere").mkdir(), shutil.copy("checkpoints/kept/best.pt", "elsewhere")
+    infer.main(["--only=samples", "--ckpt", "elsewhere/best.pt", "--results_dir", "out"])
+    assert [path.name for path in Path("out").iterdir()] == ["run"]  # as it was called in training
 
 
 def test_infer_without_the_dataset_draws_what_needs_none(folder, workplace, capsys):

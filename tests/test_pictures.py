@@ -195,10 +195,11 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, monkeyp
                 "frechet_distance": 1.5, "frechet_distance_model_prior": 9.25, "coverage": 0.25}
     for wrong in ([], {**measured, "epoch": 7}, {**measured, "ckpt": files[1]},  # not of these checkpoints
                   {**measured, "frechet_distance": "x", "iw_nll": 80.0, "images": [1]}):  # or damaged
-        Path("results/run/evaluation.json").write_text(json.dumps(wrong))
+        Path("results/a").mkdir(exist_ok=True)
+        Path("results/a/evaluation.json").write_text(json.dumps(wrong))
         infer.main(["--compare", "--ckpt", files[0], files[2]])
         assert "frechet distance" not in drawn["compare"][2][0][3]
-    Path("results/run/evaluation.json").write_text(json.dumps(measured))
+    Path("results/a/evaluation.json").write_text(json.dumps(measured))
     capsys.readouterr()
     infer.main(["--compare", "--prior=model", "--ckpt", *files[:2]])
     assert drawn["compare"][2][0][3]["frechet distance"] == "9.25"
@@ -226,12 +227,12 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, monkeyp
     # the same test images in all of them, above the reconstructions
     grids = [column[2] for column in drawn["compare"][2]]
     assert torch.equal(grids[0][:, :29], grids[1][:, :29]) and not torch.equal(grids[0], grids[1])
-    assert {path.name for path in Path("results/compare").iterdir()} == {"run_and_run.png",
-                                                                         "run_and_run_and_run.png"}
-    with Image.open("results/compare/run_and_run_and_run.png") as image:
+    assert {path.name for path in Path("results/compare").iterdir()} == {
+        "a_and_b.png", "a_and_c.png", "a_and_b_and_c.png"}
+    with Image.open("results/compare/a_and_b_and_c.png") as image:
         assert image.width > 900
     said = capsys.readouterr().out.splitlines()
-    assert ["run", "run", "run"] in map(str.split, said) and any("parameters" in line for line in said)
+    assert ["a", "b", "c"] in map(str.split, said) and any("parameters" in line for line in said)
     assert "val losses cannot be compared: the models differ in --loss_mode, --recon_loss; the test " \
         "squared error can" in said
     assert "to measure quality of samples, where they apply: python infer.py --evaluate --ckpt " \
