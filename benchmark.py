@@ -64,6 +64,9 @@ def parse_args(argv=None):
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args, rest = parser.parse_known_args(argv)
     if args.speedrun:
+        for name, value in vars(args).items():
+            if name != "speedrun" and value != parser.get_default(name):
+                parser.error(f"argument --{name}: does not go with --speedrun")
         return args, rest
     return args, ["--dataset", "mnist", "--levels", "2", "--latent_size", "20", "--no-progress_bar", *rest]
 
@@ -334,8 +337,12 @@ def speedrun(rest):
     rest: further arguments of train.py. With --limit N among them, N images are measured, of one seed.
     """
     def run(script, *argv):
-        subprocess.run([sys.executable, HERE / script, *argv], stdout=subprocess.DEVNULL, check=True)
-    limit = ["--limit", rest[rest.index("--limit") + 1]] if "--limit" in rest else []
+        try:
+            subprocess.run([sys.executable, HERE / script, *argv], stdout=subprocess.DEVNULL, check=True)
+        except subprocess.CalledProcessError:  # it has said why
+            raise UserError(f"{script} did not finish, and so the speedrun ends")
+    trained, _ = arguments.parse_args([*SPEEDRUN_COMMON.split(), *rest])
+    limit = ["--limit", str(trained.limit)] if trained.limit else []
     for row, (target, paper, seeds, options) in enumerate(SPEEDRUN, 1):
         argv = [*SPEEDRUN_COMMON.split(), *options.split(), *rest]
         print("python train.py", *argv, flush=True)
@@ -346,8 +353,8 @@ def speedrun(rest):
             start = time.perf_counter()
             run("train.py", *argv, "--seed", str(seed), "--log_dir", name, "--overwrite")
             took.append(time.perf_counter() - start)
-            run("infer.py", "--evaluate", *limit, "--ckpt", f"checkpoints/{name}/best.pt")
-            measured.append(json.loads(Path("results", name, "evaluation.json").read_text()))
+            run("infer.py", "--evaluate", *limit, "--ckpt", f"{trained.checkpoint_dir}/{name}/best.pt")
+            measured.append(json.loads(Path(trained.results_dir, name, "evaluation.json").read_text()))
         nll, bound = ([figures[key] for figures in measured] for key in ("iw_nll", "neg_elbo"))
         print(f"{target} {paper}: NLL {spread(nll)} (standard error over images "
               f"{measured[0]['iw_nll_se']:.2f}), -ELBO {spread(bound)}, {median(took):.0f} s, seeds: {seeds}",

@@ -376,12 +376,14 @@ def check_unchanged(args, data, checkpoint):
 
 
 def free_name(args):
-    """A name for the run, of the loss mode, the dataset and the model, with a number if it is taken."""
+    """A name for the run, of the loss mode, the dataset and the model. If it is taken, it gets a number, but
+    with --overwrite the run replaces the one of this name.
+    """
     name = "_".join(["cvae" if args.conditional else args.loss_mode,
                      args.dataset if args.dataset in DATASETS else
                      re.sub(r"[^\w.-]+", "_", Path(args.dataset).resolve().name) or "images", args.model])
-    count, free = 1, name
-    while any(Path(root, free).exists() for root in (args.results_dir, args.checkpoint_dir)):
+    count, free, roots = 1, name, (args.results_dir, args.checkpoint_dir)
+    while not args.overwrite and any(Path(root, free).exists() for root in roots):
         count, free = count + 1, f"{name}_{count + 1}"
     return free
 
@@ -444,8 +446,7 @@ def print_start(args, data, state):
         epochs = max(args.epochs, math.ceil(1000 / math.ceil(len(data.train) / batch_size)))
         clip = f" and {clip_advice(args)}" * (args.recon_loss == "gaussian" and not args.grad_clip)
         say(f"the run has only {steps:,} step{'s' * (steps > 1)}: the model may learn more with --batch_size "
-            f"{batch_size} and --epochs {epochs}{clip}; stop, and start again with these (and --overwrite, "
-            "if you named the run)")
+            f"{batch_size} and --epochs {epochs}{clip}; stop, and start again with these and --overwrite")
     if args.recon_loss == "categorical" and data.levels == 256:
         say("--recon_loss categorical computes a softmax of 256 levels at each pixel, which takes many times "
             "as long as --recon_loss logistic")

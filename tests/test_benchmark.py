@@ -10,7 +10,7 @@ import torch
 
 import benchmark
 import cli
-from tests.conftest import write_idx
+from tests.conftest import outcome, write_idx
 
 
 @pytest.mark.slow
@@ -59,13 +59,25 @@ def test_the_speedrun_prints_means_deviations_and_the_median_time(workplace, cap
         f"86.76 a paper: NLL {means[0]} (standard error over images 0.20), -ELBO {means[1]}, 30 s, seeds: 3")
 
 
+def test_what_the_speedrun_cannot_do_is_said_in_one_line(workplace, capsys, monkeypatch):
+    def fails(command, **_):
+        raise benchmark.subprocess.CalledProcessError(1, command)
+    monkeypatch.setattr(benchmark.subprocess, "run", fails)
+    for argv, expected, said in ((["--batch_size", "64"], 2, "argument --batch_size: does not go with"),
+                                 (["--epochs", "0"], 2, "argument --epochs"),
+                                 (["--limit"], 2, "argument --limit"),
+                                 ([], 1, "train.py did not finish")):
+        status, error = outcome(benchmark.main, ["--speedrun", *argv], capsys)
+        assert status == expected and said in error and error.count("\n") == 1, error
+
+
 @pytest.mark.slow
 def test_the_speedrun_measures_each_row(workplace, capsys, monkeypatch):
     write_idx(workplace / "data", (512, 50))
     monkeypatch.setattr(benchmark, "SPEEDRUN", [(86.76, "a paper", 2, "--model mlp --hidden_dims 8")])
-    benchmark.main(["--speedrun", "--epochs", "1", "--limit", "50"])
+    benchmark.main(["--speedrun", "--epochs", "1", "--limit=50", "--results_dir=out"])
     command, row = capsys.readouterr().out.splitlines()
-    measured = json.loads((workplace / "results/speedrun/1/seed_1/evaluation.json").read_text())
+    measured = json.loads((workplace / "out/speedrun/1/seed_1/evaluation.json").read_text())
     assert command.startswith("python train.py --dataset mnist") and "--prior flow" in command
     assert (measured["iw_samples"], measured["images"]) == (500, 50)
     assert f"NLL {measured['iw_nll']:.2f} (standard error" in row and row.endswith("seeds: 1")

@@ -105,7 +105,7 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--num_filters 0", "--num_filters"), ("--weight_decay -1", "--weight_decay"),
         ("--save_every -1", "--save_every"),
         ("--image_size 4", "--image_size"), ("--image_size 8 8 8", "--image_size"),
-        ("--seeds 1 1", "--seeds"),
+        ("--seeds 1 1", "--seeds"), ("--seed 3 --seeds 1 2", "--seed: 3"),
         ("--device tpu", "cpu"), ("--binarize stochastic", "--levels 2"),
         ("--loss_mode ae --conditional", "--conditional"),
         ("--loss_mode ae --free_bits 1", "--free_bits"), ("--nosuch 1", "--nosuch"),
@@ -130,6 +130,7 @@ WRONG = [  # (script, its arguments, what the line says)
         ("--compare --num_samples 9", "not with --compare"), ("--dataset nosuch", "nor a folder"),
         ("--temperature -1", "--temperature"), ("--only nosuch", "samples, reconstructions"),
         ("--only sample", "did you mean samples?"),
+        ("--images nosuch --temperature 0.5", "--images: not beside --temperature"),
         ("--seed x", "--seed")])]
 
 BAD_FOLDERS = {  # what is in it → what the line says

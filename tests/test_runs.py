@@ -80,6 +80,11 @@ def test_names_are_numbered_when_taken(folder, workplace):
         train.main([f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1"])
     name = f"vae_{folder.name}_mlp"
     assert {path.name for path in (workplace / "results").iterdir()} == {name, name + "_2"}
+    train.main([f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1", "--seed=3",
+                "--overwrite"])
+    assert {path.name for path in (workplace / "results").iterdir()} == {name, name + "_2"}
+    assert [runs.load_checkpoint(f"checkpoints/{run}/best.pt")["args"]["seed"]
+            for run in (name, name + "_2")] == [3, 1]
 
 
 def test_a_run_that_appeared_in_the_meantime_is_not_replaced(folder, workplace, monkeypatch, capsys):
