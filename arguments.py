@@ -192,7 +192,7 @@ def check_args(parser, args):
             parser.error(f"argument --{name}: {vars(args)[name]} does not go with --iw_train, whose bound "
                          "has no KL to weight")
     if args.seeds and args.seed != parser.get_default("seed"):
-        parser.error(f"argument --seed: {args.seed} does not go with --seeds, which names all")
+        parser.error(f"argument --seed: {args.seed} does not go with --seeds, which names all seeds")
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error(f"argument --seeds: {' '.join(map(str, args.seeds))} names a seed twice")
     for root in (args.results_dir, args.checkpoint_dir):
@@ -273,6 +273,8 @@ def find_run(parser, path, args, given):
 
 
 def scheduled(args):
-    """The options in use that depend on --epochs, which a resumed run with any of them cannot change."""
+    """The options in use that depend on --epochs, which a resumed run with any of them cannot change. A
+    --warp of 1 bends images in every epoch, so it does not depend on their number.
+    """
     names = ["beta_mode"] * (args.loss_mode == "vae") + ["lr_schedule", "warp"]
     return [f"--{name}" for name in names if vars(args)[name] not in ("constant", 0, 1)]

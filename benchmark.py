@@ -339,7 +339,7 @@ def speedrun(rest):
     def run(script, *argv):
         try:
             subprocess.run([sys.executable, HERE / script, *argv], stdout=subprocess.DEVNULL, check=True)
-        except subprocess.CalledProcessError:  # it has said why
+        except subprocess.CalledProcessError:  # the script has printed the reason
             raise UserError(f"{script} did not finish, and so the speedrun ends")
     trained, _ = arguments.parse_args([*SPEEDRUN_COMMON.split(), *rest])
     limit = ["--limit", str(trained.limit)] if trained.limit else []

@@ -316,8 +316,8 @@ def read_folder(root, splits, writer, image_size, value_range, progress_bar):
             return [], found, error
 
     workers = min(8, os.cpu_count())  # each holds a whole photo, of 36 MB and more
-    most_pages = max((len(part) for *_, part in items), default=1)  # of an item
-    largest = 0  # image, in bytes
+    most_pages = max((len(part) for *_, part in items), default=1)  # that one item has
+    largest = 0  # the bytes of the largest image so far
     with (warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool,
           tqdm(total=len(items), desc="decoding", leave=False, disable=not progress_bar) as bar):
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # see open_image

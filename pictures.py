@@ -93,7 +93,7 @@ class Subject:
         try:
             found = json.loads((self.folder / name).read_text())
             same = Path(found.get("ckpt", self.path)).resolve() == self.path.resolve()
-            # measured before the run ended, a model had no mixture yet
+            # a model that was measured before the end of its run had no mixture yet
             prior = self.model.sampling_prior(self.model.fitted is not None).description
             same = same and found["epoch"] == self.checkpoint["epoch"] and found.get("prior") in (None, prior)
             return found if same else {}

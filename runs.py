@@ -232,7 +232,7 @@ def name_of_run(path, args):
     folder, root = Path(path).resolve().parent, Path(args["checkpoint_dir"])
     for above in folder.parents:
         if above == root.resolve() or above.parts[-len(root.parts):] == root.parts:
-            with contextlib.suppress(argparse.ArgumentTypeError):  # of another name no run can be
+            with contextlib.suppress(argparse.ArgumentTypeError):  # a name that no run can have
                 return run_name(folder.relative_to(above).as_posix())
     return args["log_dir"]
 
