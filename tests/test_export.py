@@ -184,6 +184,10 @@ def test_the_page_shows_what_is_in_the_folder_of_a_run(folder, workplace):
     page = Path("results/run/index.html").read_text()
     assert "psnr" in page and "images.png" in page
     assert "test_loss" in page
+    measured = json.loads(Path("results/run/evaluation.json").read_text())
+    Path("results/run/evaluation.json").write_text(json.dumps({**measured, "prior": "the prior N(0, I)"}))
+    infer.main(["--only", "samples"])  # as if measured before the mixture was fitted
+    assert "psnr" not in Path("results/run/index.html").read_text()
     infer.main(["--evaluate", "--limit", "30", "--ckpt", "checkpoints/run/last.pt"]), infer.main([])
     page = Path("results/run/index.html").read_text()
     assert "psnr" not in page and "test_loss" in page  # what was measured of another checkpoint

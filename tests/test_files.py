@@ -235,18 +235,23 @@ print(decoded, peak[0] - before)
     assert max(map(float, out.split())) < 300, out
 
 
-def test_an_unreadable_file_does_not_raise_the_number_of_images_in_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pages", [1, 4])
+def test_few_images_are_in_memory_beside_unreadable_files_and_stacks(tmp_path, monkeypatch, pages):
     for i in range(60):
         picture(tmp_path / "in" / f"{i:02}.png", seed=i)
     for i in range(3, 60, 4):  # the last of each block
         (tmp_path / "in" / f"{i:02}.png").write_bytes(b"not an image")
+    if pages > 1:  # read after the pictures, this many pages at a time
+        np.save(tmp_path / "in" / "stack.npy", np.random.default_rng(0).integers(
+            0, 256, (40, 8, 10)).astype(np.uint8))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(files, "BYTES", 4 * 10 * 8)
+    monkeypatch.setattr(files, "BYTES", pages * 4 * 10 * 8)
     waiting, flush = [], files.Writer.flush
     monkeypatch.setattr(files.Writer, "flush",
                         lambda writer: [waiting.append(len(writer.waiting)), flush(writer)])
     read = data.load(str(tmp_path / "in"), tmp_path)
-    assert sum(map(len, (read.train, read.val, read.test))) == sum(waiting) == 45 and max(waiting) <= 4
+    assert sum(map(len, (read.train, read.val, read.test))) == sum(waiting) == 45 + 40 * (pages > 1)
+    assert max(waiting) <= 4 * pages
 
 
 def medmnist(path, shape, n=(70, 10, 20), classes=3):

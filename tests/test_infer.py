@@ -92,7 +92,10 @@ def test_infer_twice_is_the_same_to_the_byte(folder, workplace, flags):
     assert set(pictures[0]) == expected
 
 
-def test_a_renamed_run_has_the_results_of_its_new_name(folder, workplace):
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_renamed_run_has_the_results_of_its_new_name(folder, workplace, linked):
+    if linked:  # as to another disk
+        Path("disk").mkdir(), os.symlink("disk", "checkpoints")
     fit(folder, epochs=1)
     os.rename("checkpoints/run", "checkpoints/kept"), os.rename("results/run", "results/kept")
     fit(folder, "--seed=2", epochs=1)
