@@ -401,7 +401,12 @@ def main(argv=None):
             options = [*of_model(model, rest), "--batch_size", str(batch_size)]
             settings, _ = arguments.parse_args(options)
             with fresh_process() as fresh:
-                rows.append(fresh.submit(measure, options, args.images, args.repeats, args.baseline).result())
+                row = fresh.submit(measure, options, args.images, args.repeats, args.baseline)
+            try:
+                rows.append(row.result())
+            except FloatingPointError:
+                raise UserError(f"{model}: the loss is not finite (lr {settings.lr:g}); try a smaller --lr, "
+                                f"or {train.clip_advice(settings)}")
             rows[-1]["startup_seconds"] = median(startup(options) for _ in range(min(args.repeats, 3)))
     if args.json:
         print(json.dumps(rows, indent=2))

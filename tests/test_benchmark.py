@@ -24,6 +24,14 @@ def test_the_benchmark_prints_its_rows(workplace, capsys):
     assert sys.platform != "linux" or 100 < row["peak_rss_mb"] < 2000
 
 
+def test_a_loss_that_is_not_finite_is_said_in_one_line(workplace, capsys):
+    write_idx(workplace / "data", (512, 50))
+    status, error = outcome(benchmark.main, ["--model", "mlp", "--batch_size", "16", "--images", "448",
+                                             "--repeats", "1", "--hidden_dims", "16", "--lr", "1e9"], capsys)
+    assert status == 1 and "mlp: the loss is not finite (lr 1e+09); try a smaller --lr" in error
+    assert error.count("\n") == 1, error
+
+
 def test_the_plain_way_of_the_benchmark_trains_the_same_network(workplace):
     write_idx(workplace / "data", (640, 50))
     argv = ["--dataset=mnist", "--levels=2", "--model=mlp", "--hidden_dims=16", "--latent_size=4",
