@@ -102,7 +102,7 @@ def make_parser():
         help="name of the run, a/b for a subfolder (default: made of the arguments, such as vae_mnist_cnn)")
     add("--results_dir", default="results", metavar="DIR", help="where pictures and figures go")
     add("--checkpoint_dir", default="checkpoints", metavar="DIR", help="where checkpoints go")
-    add("--overwrite", action="store_true", help="replace the run that has this name")
+    add("--overwrite", action="store_true", help="replace the run that has this name, and its seed_N")
     add("--seed", type=number(int, 0), default=1, metavar="N", help="seed of all random numbers")
     add("--seeds", type=number(int, 0), nargs="+", metavar="N",
         help="a run for each seed, then mean ± standard deviation; the same command with --log_dir resumes "
@@ -224,6 +224,11 @@ def resume_args(parser, defaults, given):
         others = [other for other in others if is_whole(Path(other))]
         raise UserError(f"{error}; " + (f"whole, and good for --resume: {', '.join(others)}" if others else
                                         f"nothing else in {path.parent} can be resumed"))
+    last = path.parent / "last.pt"
+    if path.name != "last.pt" and is_whole(last) \
+            and runs.load_checkpoint(last)["step"] > checkpoint["step"]:
+        parser.error(f"argument --resume: {path} is older than {last}, which would be lost; resume that, or "
+                     f"copy {path.name} into a new folder, such as checkpoints/OTHER, and resume it there")
     began = {**defaults, **checkpoint["args"], "resume": None, "overwrite": False,
              "progress_bar": defaults["progress_bar"]}
     args = Namespace(**{**began, **given})

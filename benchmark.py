@@ -67,6 +67,9 @@ def parse_args(argv=None):
         for name, value in vars(args).items():
             if name != "speedrun" and value != parser.get_default(name):
                 parser.error(f"argument --{name}: does not go with --speedrun")
+        for word in rest:
+            if word.split("=")[0] in ("--seed", "--seeds", "--log_dir", "--resume"):
+                parser.error(f"argument {word}: not with --speedrun, which names its own runs and seeds")
         return args, rest
     return args, ["--dataset", "mnist", "--levels", "2", "--latent_size", "20", "--no-progress_bar", *rest]
 
@@ -319,7 +322,7 @@ SPEEDRUN_COMMON = ("--dataset mnist --levels 2 --binarize stochastic --prior flo
 LARGE = "--model resnet --num_filters 16 --hidden_dims 128 --latent_size 40 --lr 5e-3"
 SPEEDRUN = [  # NLL, whose, seeds, arguments beside the common ones
     (86.76, "VAE, Burda et al. 2016", 3, "--model cnn --lr 1e-2 --epochs 4"),
-    (84.78, "IWAE of 50 latents, Burda et al. 2016", 3, "--model cnn --latent_size 40 --lr 1e-2 --epochs 8"),
+    (84.78, "IWAE of 50 samples, Burda et al. 2016", 3, "--model cnn --latent_size 40 --lr 1e-2 --epochs 8"),
     (82.09, "Exemplar VAE, Norouzi et al. 2020", 3, f"{LARGE} --epochs 11"),
     (80.52, "ConvHVAE, two layers, Norouzi et al. 2020", 1, f"{LARGE} --warp 0.65 --epochs 46"),
     (80.52, "the same, without bent images", 1, f"{LARGE} --weight_decay 0.1 --epochs 36"),
@@ -335,6 +338,7 @@ def speedrun(rest):
     over seeds, and the median of their times.
 
     rest: further arguments of train.py. With --limit N among them, N images are measured, of one seed.
+    Raises UserError if there are runs of a speedrun already, unless --overwrite is among them.
     """
     def run(script, *argv):
         try:
@@ -343,6 +347,10 @@ def speedrun(rest):
             raise UserError(f"{script} did not finish, and so the speedrun ends")
     trained, _ = arguments.parse_args([*SPEEDRUN_COMMON.split(), *rest])
     limit = ["--limit", str(trained.limit)] if trained.limit else []
+    for root in (trained.checkpoint_dir, trained.results_dir):
+        if Path(root, "speedrun").exists() and not trained.overwrite:
+            raise UserError(f"{Path(root, 'speedrun')} holds the runs of an earlier speedrun; --overwrite "
+                            "replaces them, another --checkpoint_dir and --results_dir keep them")
     for row, (target, paper, seeds, options) in enumerate(SPEEDRUN, 1):
         argv = [*SPEEDRUN_COMMON.split(), *options.split(), *rest]
         print("python train.py", *argv, flush=True)
@@ -351,7 +359,7 @@ def speedrun(rest):
         for seed in range(1, seeds + 1):
             name = f"speedrun/{row}/seed_{seed}"
             start = time.perf_counter()
-            run("train.py", *argv, "--seed", str(seed), "--log_dir", name, "--overwrite")
+            run("train.py", *argv, "--seed", str(seed), "--log_dir", name)
             took.append(time.perf_counter() - start)
             run("infer.py", "--evaluate", *limit, "--ckpt", f"{trained.checkpoint_dir}/{name}/best.pt")
             measured.append(json.loads(Path(trained.results_dir, name, "evaluation.json").read_text()))

@@ -51,7 +51,7 @@ def export_samples(subject, n):
     """
     from PIL import Image
     model, folder = subject.model, subject.folder / "samples"
-    if folder.exists():
+    if any(folder.rglob("*.png")):
         raise UserError(f"{folder} holds samples already; delete it, or take another --results_dir")
     names = subject.class_file_names
     generator, labels = stream(subject.args.seed, "export"), subject.even_labels(n)

@@ -425,7 +425,7 @@ def read_paths(paths, shape, transform, value_range, untyped, known=()):
         images += read
         labels += [classes.index(label)] * len(read)
         names += [printable(path) + (f"#{page}" if len(read) > 1 else "") for page in range(len(read))]
-    for line in [*said, *found.lines(value_range)]:
+    for line in [*said, *found.lines(value_range, trained=True)]:
         print(line, file=sys.stderr)
     colour = np.stack([image if image.ndim == 3 else image[..., None].repeat(3, 2) for image in images])
     colour = np.ascontiguousarray(colour.transpose(0, 3, 1, 2))
@@ -473,6 +473,8 @@ def read_arrays(path, writer, image_size, value_range, progress_bar):
         if re.search("pickle|Python objects", str(error)):
             error = "it is damaged, or holds Python objects; save numbers, and labels as numbers or text " \
                     "(array.astype(str))"
+        if isinstance(error, EOFError):
+            error = "it is empty, or its end is missing; save it again"
         raise UserError(f"{printable(path)}: {one_line(error)}")
     if keys:
         writer.lines.append(f"{printable(path)}: left out: {few(keys.values())}")
@@ -522,7 +524,7 @@ def read_labels(path, arrays, lengths, writer):
             array = array.argmax(1)
         array = array.reshape(n, -1)
         if array.shape[1] != 1 or array.dtype.kind == "f" and not (
-                (array == np.round(array)) & (np.abs(array) < 2**53)).all():
+                (array == np.round(array)) & (np.abs(array.astype(np.float64)) < 2**53)).all():
             writer.lines.append(f"{printable(path)}: left out: its labels, which are no classes")
             return [np.zeros(n, np.int64) for n in lengths], []
         if array.dtype.kind in "bf":

@@ -256,8 +256,9 @@ def open_checkpoint(path, args):
                 raise
             lost = "" if args.only or args.compare or args.explore else \
                 f", and so without {', '.join(sorted(NEED_DATA))}"
-            moved = "" if trained["dataset"] in DATASETS else "; give its new place with --dataset"
-            print(f"without the dataset{lost}: {error}{moved}", file=sys.stderr)
+            moved = trained["dataset"] not in DATASETS and not Path(trained["dataset"]).exists()
+            print(f"without the dataset{lost}: {error}" + "; give its new place with --dataset" * moved,
+                  file=sys.stderr)
     return subject
 
 

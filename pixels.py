@@ -32,9 +32,11 @@ class Found:
         before = self.ranges.get(top, (low, high))
         self.ranges[top] = min(low, before[0]), max(high, before[1])
 
-    def lines(self, value_range):
-        """What is said of these images"""
-        lines = [f"{count:,} images {LINES[kind]}" for kind, count in self.kinds.items() if count]
+    def lines(self, value_range, trained=False):
+        """What is said of these images. trained: the model is, so the arguments of train.py cannot change"""
+        keep = "" if trained else " (--image_size HEIGHT WIDTH in their ratio keeps all)"
+        lines = [f"{count:,} images {LINES[kind]}" + keep * (kind == "cropped")
+                 for kind, count in self.kinds.items() if count]
         for top, (low, high) in self.ranges.items():
             if top and value_range and max(value_range) >= 2 * top:
                 lines.append(f"images of {8 if top == 255 else 16} bits use only a part of the value range, "
@@ -42,8 +44,10 @@ class Found:
             top = top or self.untyped and self.untyped[1]
             if top and not value_range and (high - low) * 8 < top:
                 cut = top == 255 and self.kinds["upper 8 bits"]
-                lines.append(f"of 0 to {top}, " + (f"its values go from {low:g} to {high:g}" if cut else
-                                                   range_advice(low, high)))
+                plain = f"its values go from {low:g} to {high:g}"
+                lines.append(f"of 0 to {top}, " + (
+                    f"{plain}; the model takes 0 for black, {top} for white; if that is wrong, scale them"
+                    if trained else plain if cut else range_advice(low, high)))
         return lines
 
     def add(self, other):
@@ -63,7 +67,7 @@ LINES = {
     "clipped": "have values beyond the value range, which are clipped",
     "enlarged": "are smaller than the new size, and are enlarged",
     "cropped": "have another ratio of height to width than the new size; more than a twentieth of each is "
-               "cropped away (--image_size HEIGHT WIDTH in their ratio keeps all)",
+               "cropped away",
     "palette": "have a palette, to whose colours the value range was applied",
     "nearly black": "have no value above 2 of 255; are they of another scale than the rest?",
     "channels first": "are arrays of 3 or 4 x height x width, each taken as one image in colour",

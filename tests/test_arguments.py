@@ -55,6 +55,25 @@ def test_a_copied_run_leaves_the_original_alone(folder, workplace, capsys):
     assert len(Path("results/backup/metrics.csv").read_text().splitlines()) == 3
 
 
+def test_an_older_checkpoint_does_not_replace_a_newer_one(folder, workplace, capsys, monkeypatch):
+    run_epoch = train.run_epoch
+    monkeypatch.setattr(train, "run_epoch", lambda state, *rest: {**run_epoch(state, *rest),
+                                                                  "val_loss": float(state.epoch)})
+    fit(folder, epochs=3)
+    before = {path: path.read_bytes() for path in workplace.rglob("run/*") if path.name != "lock"}
+    assert runs.load_checkpoint(Path("checkpoints/run/best.pt"))["epoch"] == 1
+    status, error = outcome(train.main, ["--resume", "checkpoints/run/best.pt"], capsys)
+    assert status == 2 and "checkpoints/run/last.pt, which would be lost" in error and error.count("\n") == 1
+    Path("checkpoints/other").mkdir()
+    shutil.copy("checkpoints/run/best.pt", "checkpoints/other")
+    train.main(["--resume", "checkpoints/other/best.pt", "--epochs", "2"])
+    assert runs.load_checkpoint(Path("checkpoints/other/last.pt"))["epoch"] == 2
+    assert all(path.read_bytes() == content for path, content in before.items())
+    Path("checkpoints/run/last.pt").write_bytes(b"damaged")  # now best.pt is the newest that is whole
+    train.main(["--resume", "checkpoints/run/best.pt", "--epochs", "2"])
+    assert runs.load_checkpoint(Path("checkpoints/run/last.pt"))["epoch"] == 2
+
+
 def test_a_renamed_group_leaves_other_runs_alone(folder, workplace, capsys):
     argv = [f"--dataset={folder}", "--model=mlp", "--hidden_dims=8", "--epochs=1"]
     for name in ("base", "group/base"):

@@ -74,9 +74,16 @@ def test_what_the_speedrun_cannot_do_is_said_in_one_line(workplace, capsys, monk
     for argv, expected, said in ((["--batch_size", "64"], 2, "argument --batch_size: does not go with"),
                                  (["--epochs", "0"], 2, "argument --epochs"),
                                  (["--limit"], 2, "argument --limit"),
+                                 (["--seed=2"], 2, "argument --seed=2: not with --speedrun"),
+                                 (["--log_dir", "mine"], 2, "argument --log_dir: not with --speedrun"),
                                  ([], 1, "train.py did not finish")):
         status, error = outcome(benchmark.main, ["--speedrun", *argv], capsys)
         assert status == expected and said in error and error.count("\n") == 1, error
+    (workplace / "checkpoints/speedrun/1").mkdir(parents=True)
+    status, error = outcome(benchmark.main, ["--speedrun"], capsys)
+    assert status == 1 and "checkpoints/speedrun holds the runs" in error and "--overwrite" in error
+    status, error = outcome(benchmark.main, ["--speedrun", "--overwrite"], capsys)
+    assert status == 1 and "train.py did not finish" in error
 
 
 @pytest.mark.slow

@@ -311,11 +311,19 @@ def test_arrays_that_cannot_be_used(tmp_path, arrays, message):
         data.load(str(tmp_path / "in.npz"), tmp_path)
 
 
+def test_an_array_file_without_bytes_is_said(tmp_path):
+    (tmp_path / "in.npy").touch()
+    with pytest.raises(UserError, match="in.npy: it is empty, or its end is missing"):
+        data.load(str(tmp_path / "in.npy"), tmp_path)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("labels, classes", [
     (np.arange(30) % 3, ["0", "1", "2"]), ((np.arange(30) % 3)[:, None], ["0", "1", "2"]),
     (np.eye(3)[np.arange(30) % 3], ["0", "1", "2"]),
     (np.array(["cat", "dog", "eel"] * 10), ["cat", "dog", "eel"]),
-    (np.array([1.0, 5.0, 7.0] * 10), ["1", "5", "7"]), (np.array([2, 9, 10] * 10), ["2", "9", "10"]),
+    (np.array([1.0, 5.0, 7.0] * 10), ["1", "5", "7"]), (np.float16([1, 5, 7] * 10), ["1", "5", "7"]),
+    (np.array([2, 9, 10] * 10), ["2", "9", "10"]),
     (np.linspace(0, 1, 30), []),
     (np.random.default_rng(0).integers(0, 2, (30, 14)), [])])
 def test_labels_of_arrays(tmp_path, capsys, labels, classes):

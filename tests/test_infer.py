@@ -120,6 +120,12 @@ def test_infer_without_the_dataset_draws_what_needs_none(folder, workplace, caps
         {"samples.png", "samples_prior.png", "progress.gif", "index.html"}
     said = capsys.readouterr().err
     assert "so without" in said and "reconstructions" in said and "images" in said
+    assert "give its new place with --dataset" in said
+    shutil.copytree(folder, copy)
+    next(copy.rglob("*.png")).unlink()
+    infer.main([])
+    said = capsys.readouterr().err
+    assert "has changed since the model was trained" in said and "its new place" not in said
 
 
 def test_infer_follows_its_flags(folder, workplace, capsys):

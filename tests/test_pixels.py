@@ -226,8 +226,10 @@ def test_values_of_another_scale_or_beyond_the_range_are_said(tmp_path, capsys):
     assert "40 images are smaller than the new size, and are enlarged" in said
     assert "40 images have another ratio of height to width than the new size; more than a twentieth" in said
     save(tmp_path / "12_bits.png", (4095 * blob(9, 9, 0)).astype(np.uint16))
-    files.read_paths([tmp_path / "12_bits.png"], (1, 9, 9), "none", None, None)
-    assert "of 0 to 65535, its values go from" in capsys.readouterr().err
+    files.read_paths([tmp_path / "12_bits.png"], (1, 9, 18), "none", None, None)
+    said = capsys.readouterr().err  # of a trained model nothing can be changed by options of train.py
+    assert "of 0 to 65535, its values go from" in said and "65535 for white; if that is wrong, scale" in said
+    assert "another ratio of height to width" in said and "--" not in said
     np.save(tmp_path / "floats.npy", images[:1])
     with pytest.raises(UserError, match="float64.*save it as uint8"):
         files.read_paths([tmp_path / "floats.npy"], (1, 9, 9), "none", None, None)

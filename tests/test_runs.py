@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import cli
+import infer
 import runs
 import train
 import training_state
@@ -44,13 +45,19 @@ def test_tensorboard_has_the_curves_and_the_pictures(folder, workplace, curves):
 
 def test_overwrite_replaces_a_run_and_touches_nothing_else(folder, workplace, capsys):
     fit(folder, epochs=3)
-    for name in ("results/run/holiday.png", "results/run/notes.txt", "results/photos/samples_001.png"):
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text("mine")
+    infer.main(["--export_samples", "3"])
+    own = [Path(name) for name in ("results/run/holiday.png", "results/run/samples_of_mine.png",
+                                   "results/run/latents.xlsx", "results/run/samples/notes.txt")]
+    for path in (*own, Path("results/photos/samples_001.png")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
     fit(folder, epochs=1)
     assert not Path("results/run/samples_002.png").exists()
     assert len(list(Path("results/run").glob("events*"))) == 1
-    assert Path("results/run/holiday.png").read_text() == Path("results/run/notes.txt").read_text() == "mine"
+    assert [path.read_text() for path in own] == ["mine"] * 4
+    assert not list(Path("results/run/samples").glob("*.png"))  # of the model that was replaced
+    infer.main(["--export_samples", "2"])
+    assert len(list(Path("results/run/samples").glob("*.png"))) == 2
     train.main(["--dataset", str(folder), "--model", "mlp", "--epochs", "1", "--log_dir", "photos",
                 "--overwrite"])
     many = ["--dataset", str(folder), "--model", "mlp", "--hidden_dims", "8", "--epochs", "1", "--log_dir",
