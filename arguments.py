@@ -74,7 +74,8 @@ def make_parser():
     add("--target_beta_val", type=number(float, 0), default=1.0, metavar="BETA", help="weight of the KL")
     add("--beta_mode", choices=("constant", "linear", "cyclical"), default="constant",
         help="how beta changes over the epochs; linear: 0 in the first one, then BETA / epochs more in each; "
-             "cyclical: up to four times from 0 to BETA")
+             "cyclical: up to four times from 0 to BETA, "
+             "where the second half of a cycle stays")
     add("--free_bits", type=number(float, 0), default=0.0, metavar="NATS",
         help="against posterior collapse: do not push an image's KL in a latent dimension below this")
     add("--iw_train", type=number(int, 0), default=0, metavar="K",

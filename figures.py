@@ -64,7 +64,8 @@ def draw_curves(history, path):
 
     history: rows of metrics.csv
     """
-    panels = [("loss", "loss at the target beta"), ("rec", "reconstruction"), ("kl", "KL"),
+    loss = "loss" if history[0]["beta"] is None else "loss at the target beta"
+    panels = [("loss", loss), ("rec", "reconstruction"), ("kl", "KL"),
               ("bpd", "bits/dim")]
     panels = [(key, title) for key, title in panels if history[0].get("val_" + key) is not None]
     panels += [("beta", "beta")] * (len({row["beta"] for row in history}) > 1)
@@ -103,13 +104,14 @@ def draw_metric(axis, history, key, title):
         low, high = min(later), max(later)
         if max(values) > 2 * high - low > high:
             axis.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))
-            axis.set_title(f"{title} (first epoch off the scale)", fontsize="medium")
+            axis.set_title(f"{title} (first epoch cut off)", fontsize="medium")
     if key in ("loss", "rec", "kl"):  # without bits/dim, it may be a squared error
         axis.set_ylabel("nats per image" if key == "kl" or "val_bpd" in history[0] else "per image")
     if key == "beta":
         axis.set_ylim(bottom=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.legend()
+    if key == "loss":  # it is the same in all panels, and might hide a curve
+        axis.legend()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import zlib
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
@@ -262,8 +263,9 @@ def interpolation_ends(subject, pairs):
 
 
 def slerp(start, end, weights):
-    """Points on the arc of a circle around 0 between two vectors [D] (Shoemake 1985). On the straight line if
-    both point in the same direction, or in opposite ones.
+    """Points on the arc of a circle around 0 between two vectors [D] (Shoemake 1985). If these differ in
+    length, it changes linearly along the arc. On the straight line if both point in the same direction, or
+    in opposite ones.
 
     weights: [N, 1] → [N, D]
     """
@@ -271,7 +273,9 @@ def slerp(start, end, weights):
     if cosine.abs() > 1 - 1e-6:
         return torch.lerp(start, end, weights)
     angle = cosine.acos()
-    return (torch.sin((1 - weights) * angle) * start + torch.sin(weights * angle) * end) / torch.sin(angle)
+    first, last = (torch.nn.functional.normalize(end, dim=0) for end in (start, end))
+    arc = (torch.sin((1 - weights) * angle) * first + torch.sin(weights * angle) * last) / torch.sin(angle)
+    return torch.lerp(start.norm(), end.norm(), weights) * arc
 
 
 def manifold(subject):
@@ -355,9 +359,9 @@ def traversals(subject, rows=10, steps=11):
         base[row * steps:(row + 1) * steps, d] = offsets.to(base)
     names = [f"z{d + 1}" + (f" ({codes.kl[d]:.2f} nats)" if codes.kl is not None else "") for d in chosen]
     images = subject.model.mean_images(subject.model.from_base(base, labels), labels)
+    of = " of the prior" if subject.trained["loss_mode"] == "vae" else ""
     subject.save("traversals.png", figures.labelled_grid, "the most active latent dimensions one by one, "
-                 f"from -3 to 3 standard deviations of the prior, {subject.base_name}; the others as in a "
-                 "test image",
+                 f"from -3 to 3 standard deviations{of}, {subject.base_name}; the others as in a test image",
                  images, steps, names,
                  [f"{round(offset, 1) + 0.0:.1f}" for offset in offsets.tolist()])
 
@@ -456,25 +460,31 @@ def draw_images(subject, split):
 # ------------------------------------------------------------------------------------------------------------
 # --compare, --explore
 
+OF_KL = ("target_beta_val", "beta_mode")  # arguments that change nothing in an autoencoder
+
+
 def compare(subjects, args):
     """A picture of several models: samples, and reconstructions of the same test images; with figures."""
-    differing = differing_arguments([subject.trained for subject in subjects])
+    runs = [subject.trained["log_dir"] for subject in subjects]
+    trained = [subject.trained for subject in subjects]
+    of_vaes = differing_arguments([args for args in trained if args["loss_mode"] == "vae"])
+    trained = [{**args, **dict.fromkeys(OF_KL if args["loss_mode"] == "ae" else (), "–")} for args in trained]
+    differing = [name for name in differing_arguments(trained) if name not in OF_KL or name in of_vaes]
     if any(subject.trained["levels"] != 2 for subject in subjects):
         differing = [name for name in differing if name != "binarize"]  # it is for two levels
-    columns = [comparison(subject, differing) for subject in subjects]
+    differences = [{name: args.get(name) for name in differing} for args in trained]
+    columns = [comparison(subject, own) for subject, own in zip(subjects, differences)]
     known = [name for name in columns[0][3] if any(column[3][name] != "–" for column in columns)]
     columns = [(*column[:3], {name: column[3][name] for name in known}) for column in columns]
-    names = "_and_".join(re.sub(r"[^\w.-]+", "_", subject.trained["log_dir"]) for subject in subjects)
-    path = Path(args.results_dir or subjects[0].trained["results_dir"], "compare", f"{names[:200]}.png")
+    names = "_and_".join(re.sub(r"[^\w.-]+", "_", run) for run in runs)
+    path = Path(args.results_dir or subjects[0].trained["results_dir"], "compare", f"{short(names)}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     priors = dict.fromkeys(subject.prior_name for subject in subjects)
     caption = f"samples from {' or '.join(priors)}; test images, the reconstruction below each"
     measured = [evaluated(subject) for subject in subjects]
     warnings = comparison_warnings(differing, measured, "test squared error" in known)
     figures.compare(path, "; ".join([caption, *warnings]), columns)
-    runs = [subject.trained["log_dir"] for subject in subjects]
-    rows = [("", runs), *((f"--{name}", [subject.trained.get(name) for subject in subjects])
-                          for name in differing),
+    rows = [("", runs), *((f"--{name}", [own[name] for own in differences]) for name in differing),
             *((name, [column[3][name] for column in columns]) for name in known)]
     for figure, values in rows:
         print(f"{figure:20s}", *(f"{value!s:>{max(12, len(run))}}" for run, value in zip(runs, values)))
@@ -486,6 +496,11 @@ def compare(subjects, args):
         print(f"to measure {'NLL and ' * discrete}quality of samples, where they apply: python infer.py "
               "--evaluate --ckpt", *(shlex.quote(subject.path.as_posix()) for subject in missing))
     print(path)
+
+
+def short(name, most=200):
+    """A name that a file can have; what is cut off becomes a checksum."""
+    return name if len(name) <= most else f"{name[:most]}_{zlib.crc32(name.encode()):08x}"
 
 
 def comparison_warnings(differing, measured, has_error):
@@ -511,8 +526,8 @@ def comparison_warnings(differing, measured, has_error):
     return warnings
 
 
-def comparison(subject, differing):
-    """A column for figures.compare. `differing`: the arguments to name"""
+def comparison(subject, differences):
+    """A column for figures.compare. `differences`: arguments by name, which the column shows"""
     model, trained, pairs, error, active = subject.model, subject.trained, None, None, None
     last = (subject.checkpoint["history"] or [{}])[-1]
     _, mean, _ = subject.sample(36, "samples")
@@ -535,7 +550,7 @@ def comparison(subject, differing):
     nll = f"{measured['iw_nll']:.2f} ({measured['iw_samples']:,})" \
         if {"iw_nll", "iw_samples"} <= measured.keys() else "–"
     return ([f"{trained['log_dir']}, epoch {subject.checkpoint['epoch']}{unfinished}",
-             *(f"{name} {trained.get(name)}" for name in differing)],
+             *(f"{name} {value}" for name, value in differences.items())],
             image_grid(mean, 6), pairs,
             {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",
              "val loss": decimals(last.get("val_loss")),

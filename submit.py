@@ -1,5 +1,6 @@
 """A zip to hand in: the code, a checkpoint and its run's pictures: python submit.py"""
 
+import json
 import re
 import shlex
 import subprocess
@@ -53,6 +54,14 @@ def for_drawing(checkpoint, half):
     return {**checkpoint, "args": args, "model": model, "ema": None, "optimizer": None}
 
 
+def is_of_epoch(path, epoch):
+    """Whether a file of measured figures is of this epoch; a damaged one is of none."""
+    try:
+        return json.loads(path.read_text())["epoch"] == epoch
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
 def contents(ckpt, half=False):
     """→ the name of the checkpoint in the zip; name → bytes of every file"""
     here, checkpoint = Path(__file__).parent, load_checkpoint(ckpt)
@@ -68,6 +77,11 @@ def contents(ckpt, half=False):
     metrics = results / "metrics.csv"
     if metrics.is_file() and metrics.read_bytes().startswith(csv_bytes(COLUMNS, checkpoint["history"])):
         paths = {path for pattern in RESULTS for path in results.glob(pattern)}
+        for path in [path for path in paths if path.name in ("test.json", "evaluation.json")]:
+            if not is_of_epoch(path, checkpoint["epoch"]):
+                print(f"left out: {path}, which is not of epoch {checkpoint['epoch']} as {ckpt} is",
+                      file=sys.stderr)
+                paths.remove(path)
         epochs = set(results.glob(EPOCH))
         if sum(path.stat().st_size for path in epochs) > MAX_EPOCH_BYTES:
             print(f"left out: the {len(epochs)} pictures of single epochs, {EPOCH}, more than "
@@ -75,8 +89,11 @@ def contents(ckpt, half=False):
             paths -= epochs
         for path in paths:
             files[f"results/{run}/{path.name}"] = path.read_bytes()
-        if f"results/{run}/samples.png" not in files:
-            print(f"{results} holds no samples.png yet; to make the pictures: python infer.py --ckpt "
+        samples = results / "samples.png"
+        if not samples.is_file() or samples.stat().st_mtime < Path(ckpt).stat().st_mtime:
+            holds = "a samples.png that is older than the checkpoint" if samples.is_file() else \
+                "no samples.png yet"
+            print(f"{results} holds {holds}; to make the pictures: python infer.py --ckpt "
                   + shlex.quote(Path(ckpt).as_posix()), file=sys.stderr)
     else:
         print(f"{results} is not there, or of another run than {ckpt}: packed without pictures",

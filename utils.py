@@ -87,17 +87,23 @@ def beta_schedule(mode, target, epochs):
 
     constant: target. linear: target · finished / epochs, so 0 in the first epoch (and in the only one), and
     target · (1 - 1 / epochs) in the last.
-    cyclical: up to four cycles; each rises linearly from 0 during its first half and stays at target during
-    the second (Fu et al. 2019, eq. 6-7, M = 4, R = 0.5); fewer cycles if they would be shorter than two
-    epochs.
+    cyclical: up to four cycles of whole epochs; each rises linearly from 0 during its first half and stays
+    at target during the second (Fu et al. 2019, eq. 6-7, M = 4, R = 0.5); fewer cycles if they would be
+    shorter than two epochs.
     """
     if mode == "constant":
         return lambda finished: target
     if mode == "linear":
         return lambda finished: target * finished / epochs
     if mode == "cyclical":
-        length = epochs / max(1, min(4, epochs // 2))
-        return lambda finished: target * min(1.0, (finished % length) / length / 0.5)
+        cycles = max(1, min(4, epochs // 2))
+        starts = [math.ceil(cycle * epochs / cycles) for cycle in range(cycles + 2)]
+
+        def cyclical(finished):
+            cycle = finished * cycles // epochs
+            start, end = starts[cycle:cycle + 2]
+            return target * min(1.0, (finished - start) / (end - start) / 0.5)
+        return cyclical
     raise ValueError(f"beta mode {mode!r}: constant, linear or cyclical")
 
 

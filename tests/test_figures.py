@@ -28,17 +28,17 @@ def test_curves_have_a_panel_for_each_metric_that_there_is(curves, monkeypatch):
         assert all(kept[-1].bbox.contains(*corner) for place in places for corner in (place.p0, place.p1))
         return [(axis.get_title(), [list(line.get_ydata()) for line in axis.lines[:-1]])
                 for axis in axes]
-    assert panels(None, None, loss=3, rec=3) == [("loss at the target beta", [[3, 4]] * 2),
-                                                 ("reconstruction", [[3, 4]] * 2)]
+    assert panels(None, None, loss=3, rec=3) == [("loss", [[3, 4]] * 2), ("reconstruction", [[3, 4]] * 2)]
     assert [title for title, _ in panels(1.0, 1.0, loss=3, rec=2, kl=1, bpd=4)][2:] == ["KL", "bits/dim"]
     assert panels(0.0, 1.0, loss=3, rec=2, kl=1, bpd=4)[4] == ("beta", [[0, 1]])
+    assert kept[-1].axes[0].get_title() == "loss at the target beta"
     panels(*[None] * 4, loss=-1, rec=3)
-    assert "off the scale" not in kept[-1].axes[0].get_title()
+    assert "cut off" not in kept[-1].axes[0].get_title()
     names = "train_loss", "val_loss", "train_rec", "val_rec"
     rows = [{"epoch": i, "beta": None, **dict.fromkeys(names, loss)}
             for i, loss in enumerate((160, 100, 95, 90), 1)]
     runs.draw_curves(rows, None)
-    assert "off the scale" in kept[-1].axes[0].get_title() and kept[-1].axes[0].get_ylim()[1] == 103
+    assert "cut off" in kept[-1].axes[0].get_title() and kept[-1].axes[0].get_ylim()[1] == 103
     panels(None, loss=3, rec=500)
     rows[0] |= {"train_rec": 0.15, "val_rec": 2.0}  # far below the others: a log scale
     runs.draw_curves(rows, None)

@@ -120,6 +120,14 @@ def test_interpolations_go_between_classes_on_the_line_and_on_the_sphere(folder,
     angles = torch.tensor([0, math.pi / 6, math.pi / 3, math.pi / 2])
     torch.testing.assert_close(arc, 3 * torch.stack([angles.cos(), angles.sin(), 0 * angles], 1), atol=1e-5,
                                rtol=0)
+    # ends of other lengths: the length changes evenly, also where they point nearly in opposite directions
+    for end in (torch.tensor([0.0, 1.0, 0.0]), torch.tensor([-1.3, 0.05, 0.0])):
+        arc = pictures.slerp(start, end, torch.linspace(0, 1, 9)[:, None])
+        torch.testing.assert_close(arc[[0, -1]], torch.stack([start, end]), atol=1e-5, rtol=0)
+        lengths = torch.linspace(3, float(end.norm()), 9)
+        torch.testing.assert_close(arc.norm(dim=1), lengths, atol=1e-3, rtol=0)
+        angles = torch.atan2(arc[:, 1], arc[:, 0])
+        torch.testing.assert_close(angles, torch.linspace(0, float(angles[-1]), 9), atol=1e-3, rtol=0)
     for other in (2 * start, -start, start):  # no arc, or more than one
         middle = pictures.slerp(start, other, torch.tensor([[0.5]]))
         assert torch.equal(middle, torch.lerp(start, other, 0.5)[None])
@@ -263,6 +271,26 @@ def test_comparing_shows_in_what_models_differ(folder, workplace, drawn, monkeyp
     assert "of different numbers" not in capsys.readouterr().out
     assert outcome(infer.main, ["--ckpt", *files], capsys)[0] == 2
     assert outcome(infer.main, ["--compare", "--ckpt", files[0]], capsys)[0] == 2
+
+
+@pytest.mark.slow
+def test_beta_is_no_difference_from_an_autoencoder(folder, workplace, drawn):
+    files = []
+    for name, *flags in (("vae", "--target_beta_val=1.2", "--beta_mode=linear"), ("other",),
+                         ("ae", "--loss_mode=ae")):
+        fit(folder, *flags, epochs=1)
+        files.append(shutil.move("checkpoints/run", f"checkpoints/{name}") + "/best.pt")
+    infer.main(["--compare", "--ckpt", files[0], files[2]])
+    assert not [text for column in drawn["compare"][2] for text in column[0] if "beta" in text]
+    infer.main(["--compare", "--ckpt", *files])
+    assert [[text for text in column[0] if "beta" in text] for column in drawn["compare"][2]] == [
+        [f"beta_mode {mode}", f"target_beta_val {beta}"] for mode, beta in
+        (("linear", 1.2), ("constant", 1.0), ("–", "–"))]
+
+
+def test_long_names_stay_different():
+    first, second = (pictures.short("a" * 250 + end) for end in "bc")
+    assert first != second and len(first) < 220 and pictures.short("a_and_b") == "a_and_b"
 
 
 @pytest.mark.slow

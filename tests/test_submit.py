@@ -1,5 +1,6 @@
 """Tests of submit.py."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -74,6 +75,24 @@ def test_pictures_of_many_epochs_are_left_out_of_the_zip(folder, workplace, monk
     assert set(whole) - set(small) == {f"results/run/{name}_00{epoch}.png" for epoch in (1, 2)
                                        for name in ("samples", "reconstructions")}
     assert "left out: the 4 pictures of single epochs" in capsys.readouterr().err
+
+
+def test_pictures_and_figures_of_an_older_state_are_said(folder, workplace, capsys):
+    fit(folder, epochs=1)
+    infer.main(["--only", "samples"])
+    train.main(["--resume", "checkpoints/run/last.pt", "--epochs", "2"])
+    Path("results/run/evaluation.json").write_text(json.dumps({"epoch": 1, "neg_elbo": 1.0}))
+    capsys.readouterr()
+    files = submit.contents("checkpoints/run/best.pt")[1]
+    said = capsys.readouterr().err
+    assert "results/run/test.json" in files and "results/run/evaluation.json" not in files
+    assert "left out: results/run/evaluation.json, which is not of epoch 2" in said
+    assert "samples.png that is older than the checkpoint; to make" in said
+    infer.main(["--only", "samples"])
+    Path("results/run/evaluation.json").write_text(json.dumps({"epoch": 2, "neg_elbo": 1.0}))
+    capsys.readouterr()
+    assert "results/run/evaluation.json" in submit.contents("checkpoints/run/best.pt")[1]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -64,6 +64,9 @@ def test_beta_schedules():
     for epochs in range(2, 40):  # no length of run is left without its KL, in its last epoch least of all
         betas = [utils.beta_schedule("cyclical", 1.0, epochs)(e) for e in range(epochs)]
         assert betas[0] == 0 and betas[-1] == max(betas) == 1
+        assert betas.count(0) == max(1, min(4, epochs // 2))  # each cycle starts at 0
+    assert [utils.beta_schedule("cyclical", 3.0, 10)(e) for e in range(10)] == pytest.approx(
+        [0, 2, 3, 0, 3, 0, 2, 3, 0, 3])
 
 
 def test_moments_are_those_of_numpy():
