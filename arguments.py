@@ -39,7 +39,8 @@ def make_parser():
     add("--levels", type=int, choices=(2, 16, 256), default=256,
         help="number of values of a pixel; 2: binary; 16: 4 bits; 256: as stored")
     add("--binarize", choices=("threshold", "stochastic"), default="threshold",
-        help="with --levels 2: white where x > 0.5, or drawn with probability x whenever an image is seen")
+        help="with --levels 2: white where x > 0.5, or drawn with probability x each time that a "
+             "training image is seen")
     add("--transform", choices=("none", "grayscale", "grayscale3"), default="none",
         help="none: as stored; grayscale: one channel; grayscale3: three equal ones")
     add("--flip", action="store_true", help="mirror each training image left to right with probability 1/2")
@@ -90,7 +91,7 @@ def make_parser():
     add("--lr", "--learning_rate", type=number(float, 0, above=True), default=2e-3, metavar="LR",
         help="learning rate")
     add("--lr_schedule", choices=("constant", "cosine"), default="constant",
-        help="cosine: up from 0 in the first hundredth of the steps, then down to 0")
+        help="cosine: up to LR in the first hundredth of the steps, then down to 0")
     add("--ema", type=number(float, 0), default=0.999, metavar="DECAY",
         help="validate, draw and test with a moving average of the weights, with this decay per step; 0: off")
     add("--weight_decay", type=number(float, 0), default=0.0, metavar="W", help="decoupled weight decay")

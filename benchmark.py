@@ -71,6 +71,8 @@ def parse_args(argv=None):
             if word.split("=")[0] in ("--seed", "--seeds", "--log_dir", "--resume"):
                 parser.error(f"argument {word}: not with --speedrun, which names its own runs and seeds")
         return args, rest
+    if not args.busy and any(word.split("=")[0] == "--limit" for word in rest):
+        parser.error("argument --limit: not here; --images says how many are in a pass")
     return args, ["--dataset", "mnist", "--levels", "2", "--latent_size", "20", "--no-progress_bar", *rest]
 
 
@@ -197,8 +199,9 @@ def plain_parts(*argv, limit=None):
     """→ a model, its optimiser, batches of training and of test images, train.py's arguments; made once"""
     torchvision = import_torchvision()
     args, _ = arguments.parse_args(argv)
-    if args.dataset not in NAMED or args.image_size or args.transform != "none":
-        raise UserError(f"--baseline: goes with a dataset of torchvision ({', '.join(NAMED)}) as it is")
+    if args.dataset not in NAMED or args.image_size or args.transform != "none" or args.conditional:
+        raise UserError(f"--baseline: goes with a dataset of torchvision ({', '.join(NAMED)}) as it is, "
+                        "without --conditional")
     images, tests = (getattr(torchvision.datasets, NAMED[args.dataset][0])(
         args.data_dir, is_train, transform=torchvision.transforms.ToTensor()) for is_train in (True, False))
     more = {"num_workers": 1, "pin_memory": True} if args.device != "cpu" else {}
@@ -337,7 +340,8 @@ def speedrun(rest):
     """Train the models of SPEEDRUN and measure them, with 500 latents per image; print a row for each: means
     over seeds, and the median of their times.
 
-    rest: further arguments of train.py. With --limit N among them, N images are measured, of one seed.
+    rest: further arguments of train.py. With --limit N among them, each model is trained and measured on N
+    images, with one seed.
     Raises UserError if there are runs of a speedrun already, unless --overwrite is among them.
     """
     def run(script, *argv):

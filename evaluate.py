@@ -177,7 +177,8 @@ JUDGE_EPOCHS = 10  # with fewer, some seeds recognise less than 99.2% of MNIST's
 
 
 def evaluate_samples(model, data, grey, args, folder):
-    """The figures of samples in evaluation.json. All are None, and a line says why, if they would mislead.
+    """The figures of samples in evaluation.json. All are None, and a line says why, if they would
+    mislead; of a judge that is not good enough, its accuracy stays.
 
     grey: a function that returns the same dataset with 256 levels and all training images
     folder: of caches, see cached_judge

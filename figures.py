@@ -226,9 +226,15 @@ def progress(path, frames, most=60):
     for i in chosen:
         try:
             with Image.open(frames[i]) as image:
-                images.append(image.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+                images.append(image.convert("RGB"))
         except OSError as error:
             raise UserError(f"{frames[i]} cannot be read ({error}); delete it to use the others")
+    # a longer number of the epoch may need one more line for the caption
+    size = [max(sizes) for sizes in zip(*(image.size for image in images))]
+    for i, image in enumerate(images):
+        canvas = Image.new("RGB", size, "white")
+        canvas.paste(image)
+        images[i] = canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
     images[0].save(path, save_all=True, append_images=images[1:], loop=0,
                    duration=[300] * (len(images) - 1) + [2000])
 

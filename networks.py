@@ -114,7 +114,7 @@ class CNNDecoder(nn.Module):
     def __init__(self, shape, channels, latent_size, num_filters=8):
         super().__init__()
         sizes, widths, strides = cnn_levels((min(channels, num_filters), *shape[1:]), num_filters)
-        # No narrower than the latent. Thousands of classes, one-hot beside z, need no such width.
+        # No narrower than a usual latent. Thousands of classes, one-hot beside z, need no such width.
         self.sizes, width = sizes[::-1], max(min(latent_size, 1024), 16 * num_filters)
         self.hidden = nn.Linear(latent_size, width)
         self.stem = nn.Linear(width, math.prod(sizes[-1]) * widths[-1])

@@ -113,7 +113,7 @@ class Subject:
         return images / self.scale, self.model.embed(images, labels), labels
 
     def even_labels(self, n):
-        """n labels, the same number of each class; None if the model is not conditional"""
+        """n labels, as evenly as n allows over the classes; None if the model is not conditional"""
         if self.conditional:
             chosen = torch.arange(n, device=self.args.device) * len(self.asked_labels) // n
             return self.asked_labels[chosen]

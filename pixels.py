@@ -84,7 +84,8 @@ def to_bytes(values, value_range, found):
     found.untyped; if that is None, they raise UntypedValues.
     """
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
-    if values.dtype == bool:
+    mask = values.dtype == bool
+    if mask:
         values = values.astype(np.uint8) * 255
     top = np.iinfo(values.dtype).max if values.dtype in (np.uint8, np.uint16) else None
     if top is None and not np.isfinite(values).all():
@@ -94,7 +95,8 @@ def to_bytes(values, value_range, found):
     value_range = value_range or (found.untyped if top is None else None)
     if value_range:
         low, high = value_range
-        found.kinds["clipped"] += bool(((values < min(low, high)) | (values > max(low, high))).any())
+        beyond = (values < min(low, high)) | (values > max(low, high))
+        found.kinds["clipped"] += bool(beyond.any()) and not mask
         scaled = (values.astype(np.float64) - low) * (255 / (high - low))
         return np.nan_to_num(scaled.clip(0, 255)).round().astype(np.uint8)
     if top is None:

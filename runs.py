@@ -29,10 +29,11 @@ from figures import draw_curves
 
 HOW_TO_GO_ON = "take another name, --resume its last.pt (if it was saved at all) to continue it, or " \
                "--overwrite to start it anew"
+EPOCH_PICTURES = ("samples_[0-9][0-9][0-9]*.png", "reconstructions_[0-9][0-9][0-9]*.png")
 FILES = ("metrics.csv", "seeds.csv", "test.json", "evaluation.json", "events.out.*", "curves.png",
-         "samples.png", "samples_drawn.png", "samples_prior.png", "samples_[0-9][0-9][0-9]*.png",
+         "samples.png", "samples_drawn.png", "samples_prior.png",
          "samples/[0-9]*.png", "samples/*/[0-9]*.png", "reconstructions.png",
-         "reconstructions_[0-9][0-9][0-9]*.png", "interpolations.png", "manifold*.png", "classes.png",
+         *EPOCH_PICTURES, "interpolations.png", "manifold*.png", "classes.png",
          *(f"latents{split}.{kind}" for split in ("", "_train", "_val", "_images")
            for kind in ("csv", "npz", "png")), "units.png", "traversals.png", "nearest.png", "images.png",
          "images_interpolation.png", "progress.gif", "index.html", "last.pt", "best.pt", "*.tmp")

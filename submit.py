@@ -12,6 +12,7 @@ from pathlib import Path
 from cli import ArgumentParser, UserError, one_line, run_script
 from runs import (
     COLUMNS,
+    EPOCH_PICTURES,
     atomic_write,
     checkpoint_bytes,
     csv_bytes,
@@ -22,7 +23,7 @@ from runs import (
 
 CODE = ("*.py", "tests/*.py", "README.md", "requirements.txt", "pyproject.toml", "LICENSE")
 RESULTS = ("*.png", "*.gif", "metrics.csv", "*.json", "index.html")
-EPOCH, MAX_EPOCH_BYTES = "*_[0-9][0-9][0-9].png", 10_000_000
+MAX_EPOCH_BYTES = 10_000_000
 
 
 def parse_args(argv=None):
@@ -82,9 +83,9 @@ def contents(ckpt, half=False):
                 print(f"left out: {path}, which is not of epoch {checkpoint['epoch']} as {ckpt} is",
                       file=sys.stderr)
                 paths.remove(path)
-        epochs = set(results.glob(EPOCH))
+        epochs = {path for pattern in EPOCH_PICTURES for path in results.glob(pattern)}
         if sum(path.stat().st_size for path in epochs) > MAX_EPOCH_BYTES:
-            print(f"left out: the {len(epochs)} pictures of single epochs, {EPOCH}, more than "
+            print(f"left out: the {len(epochs)} pictures of single epochs, more than "
                   f"{MAX_EPOCH_BYTES // 1_000_000} MB together", file=sys.stderr)
             paths -= epochs
         for path in paths:

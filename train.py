@@ -136,7 +136,7 @@ def batches(split, order, args, *key, first=0):
             mirrored = torch.rand(len(chunk), generator=stream(args.seed, "flip", *key, block)) < 0.5
             mirrored = to_device(mirrored[part], images.device).view(-1, 1, 1, 1)
             images = torch.where(mirrored, images.flip(-1), images)
-        if key[0] == "train" and key[1] < args.warp * args.epochs:
+        if key[0] == "train" and key[1] < round(args.warp * args.epochs, 6):  # 0.28 · 25 > 7 in floats
             images = warp(images, stream(args.seed, "warp", *key, block), len(chunk), part)
         noise = [None] * len(remaining)
         if args.loss_mode == "vae":

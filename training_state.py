@@ -128,7 +128,7 @@ class Saver:
         self.saved = self.agreed = time.monotonic()
         self.stepped = time.perf_counter()  # monotonic() has steps of 16 ms on Windows
         self.epoch_start = self.saved - state.elapsed
-        self.step_seconds = []  # of the steps of this epoch
+        self.step_seconds, self.timed = [], state.step  # of the training steps of this epoch; the last one
         self.first_median, self.warned = None, False
 
     def lap(self):
@@ -175,7 +175,9 @@ class Saver:
         """Save if it is time to, and exit if a signal asks for it. Many processes must agree on both. That
         takes time, so they do it every 16 steps, or about every second if steps are slow.
         """
-        self.step_seconds.append(time.perf_counter() - self.stepped)
+        if self.state.step > self.timed:  # not of validation, whose batches take less
+            self.step_seconds.append(time.perf_counter() - self.stepped)
+            self.timed = self.state.step
         self.save_if_due()
         self.stepped = time.perf_counter()
 

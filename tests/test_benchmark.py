@@ -28,6 +28,7 @@ def test_a_loss_that_is_not_finite_is_said_in_one_line(workplace, capsys):
     write_idx(workplace / "data", (512, 50))
     status, error = outcome(benchmark.main, ["--model", "mlp", "--batch_size", "16", "--images", "448",
                                              "--repeats", "1", "--hidden_dims", "16", "--lr", "1e9"], capsys)
+    assert outcome(benchmark.main, ["--limit", "500"], capsys)[0] == 2
     assert status == 1 and "mlp: the loss is not finite (lr 1e+09); try a smaller --lr" in error
     assert error.count("\n") == 1, error
 
@@ -41,7 +42,8 @@ def test_the_plain_way_of_the_benchmark_trains_the_same_network(workplace):
     first, *_, last = [benchmark.plain_epoch(net, images, args, adam) for _ in range(20)]
     assert (len(images.dataset), len(tests.dataset)) == (128, 50) and last < 0.95 * first
     assert net.shape == (1, 28, 28) and benchmark.plain_seconds(argv, 128) > 0
-    for other in (["--dataset=glyphs"], ["--dataset=mnist", "--image_size=16"]):
+    for other in (["--dataset=glyphs"], ["--dataset=mnist", "--image_size=16"],
+                  ["--dataset=mnist", "--conditional"]):
         with pytest.raises(cli.UserError, match="goes with a dataset of torchvision"):
             benchmark.plain_parts(*other)
 

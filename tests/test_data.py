@@ -113,3 +113,5 @@ def test_warp_slides_rows_and_columns_of_the_first_epochs_training_images(folder
     assert torch.equal(seen("train", 0), seen("train", 0)) and \
         not torch.equal(seen("train", 0), seen("train", 1)) and not torch.equal(seen("train", 1), stored)
     assert torch.equal(seen("train", 2), stored) and torch.equal(seen("val"), stored)
+    args.warp, args.epochs = 0.28, 25  # 7 epochs, though the product is above 7 in floats
+    assert not torch.equal(seen("train", 6), stored) and torch.equal(seen("train", 7), stored)

@@ -84,6 +84,13 @@ def test_progress_is_a_film_of_the_samples(folder, workplace, capsys):
     figures.progress("few.gif", sorted(Path("results/run").glob("samples_00*.png")), most=2)
     with Image.open("few.gif") as film:
         assert film.n_frames == 2
+    with Image.open("results/run/samples_003.png") as still:  # as if its caption had one more line
+        Image.new("RGB", (still.width, still.height + 20), "red").save("results/run/samples_003.png")
+    figures.progress("few.gif", sorted(Path("results/run").glob("samples_00*.png")))
+    with Image.open("few.gif") as film:
+        film.seek(2)
+        assert film.height == still.height + 20
+        assert film.convert("RGB").getpixel((5, film.height - 2)) == (255, 0, 0)
     for path in Path("results/run").glob("samples_00[23].png"):
         path.unlink()
     status, error = outcome(infer.main, ["--only", "progress"], capsys)

@@ -159,7 +159,7 @@ def test_colour_of_16_bits_is_said_and_has_no_value_range(tmp_path, capsys):
         data.load(str(tmp_path / "in"), tmp_path, value_range=(0, 4095))
 
 
-def test_types_of_arrays_and_where_black_and_white_are_plain(tmp_path):
+def test_types_of_arrays_and_where_black_and_white_are_plain(tmp_path, capsys):
     scenes = np.stack([blob(9, 12, i) for i in range(30)])
     expected = in_order((255 * scenes).round().astype(np.uint8))
     for name, array, value_range in [
@@ -173,6 +173,11 @@ def test_types_of_arrays_and_where_black_and_white_are_plain(tmp_path):
     with pytest.raises(UserError, match="--value_range -1 0.99"):
         data.load(str(tmp_path / "signed.npy"), tmp_path)
     np.save(tmp_path / "bool.npy", scenes > 0.5)
+    expected = everything(data.load(str(tmp_path / "bool.npy"), tmp_path, levels=2))
+    capsys.readouterr()
+    assert np.array_equal(everything(data.load(str(tmp_path / "bool.npy"), tmp_path, levels=2,
+                                               value_range=(0, 1))), expected)
+    assert "clipped" not in capsys.readouterr().err
     assert set(np.unique(everything(data.load(str(tmp_path / "bool.npy"), tmp_path, levels=2)))) == {0, 1}
 
 

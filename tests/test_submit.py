@@ -72,6 +72,15 @@ def test_pictures_of_many_epochs_are_left_out_of_the_zip(folder, workplace, monk
     capsys.readouterr()
     monkeypatch.setattr(submit, "MAX_EPOCH_BYTES", 1000)
     small = submit.contents("checkpoints/run/best.pt")[1]
+    Path("results/run/samples_1000.png").write_bytes(b"of a late epoch")
+    Path("results/run/manifold_007.png").write_bytes(b"of a class")
+    late = submit.contents("checkpoints/run/best.pt")[1]
+    assert "results/run/samples_1000.png" not in late and "results/run/manifold_007.png" in late
+    capsys.readouterr()
+    Path("results/run/samples_1000.png").unlink()
+    small = submit.contents("checkpoints/run/best.pt")[1]
+    Path("results/run/manifold_007.png").unlink()
+    small.pop("results/run/manifold_007.png")
     assert set(whole) - set(small) == {f"results/run/{name}_00{epoch}.png" for epoch in (1, 2)
                                        for name in ("samples", "reconstructions")}
     assert "left out: the 4 pictures of single epochs" in capsys.readouterr().err

@@ -57,6 +57,15 @@ def test_moments_that_do_not_fit_are_reported(trained, workplace, capsys):
     assert status == 1 and "size mismatch for exp_avg" in error and "best.pt" in error
 
 
+def test_only_training_steps_are_timed(folder, workplace, monkeypatch):
+    timed = []
+    lap = training_state.Saver.lap
+    monkeypatch.setattr(training_state.Saver, "lap", lambda saver: timed.append(len(saver.step_seconds))
+                        or lap(saver))
+    fit(folder, "--batch_size=16", epochs=2)  # 320 images, and 40 of validation
+    assert timed == [20, 20]
+
+
 def test_steps_that_become_slow_are_reported_once(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(training_state.time, "monotonic", lambda: now[0])
