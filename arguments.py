@@ -75,8 +75,8 @@ def make_parser():
     add("--target_beta_val", type=number(float, 0), default=1.0, metavar="BETA", help="weight of the KL")
     add("--beta_mode", choices=("constant", "linear", "cyclical"), default="constant",
         help="how beta changes over the epochs; linear: 0 in the first one, then BETA / epochs more in each; "
-             "cyclical: up to four times from 0 to BETA, "
-             "where the second half of a cycle stays")
+             "cyclical: up to four cycles, each rises from 0 in its first half and stays at BETA in its "
+             "second")
     add("--free_bits", type=number(float, 0), default=0.0, metavar="NATS",
         help="against posterior collapse: do not push an image's KL in a latent dimension below this")
     add("--iw_train", type=number(int, 0), default=0, metavar="K",
@@ -142,7 +142,7 @@ def parse_args(argv=None):
     if args.image_size:
         args.image_size = [args.image_size[0], args.image_size[-1]]
     args.command = shlex.join(["python", "train.py", *map(str, sys.argv[1:] if argv is None else argv)])
-    unused = {"target_beta_val": "ae", "beta_mode": "ae"} if args.loss_mode == "ae" else {}
+    unused = dict.fromkeys(runs.OF_KL, "ae") if args.loss_mode == "ae" else {}
     unused |= {name: args.model for name in ("hidden_dims", "num_filters")
                if name not in NETWORKS[args.model][2]}
     for name, where in unused.items():

@@ -72,7 +72,7 @@ def parse_args(argv=None):
                 parser.error(f"argument {word}: not with --speedrun, which names its own runs and seeds")
         return args, rest
     if not args.busy and any(word.split("=")[0] == "--limit" for word in rest):
-        parser.error("argument --limit: not here; --images says how many are in a pass")
+        parser.error("argument --limit: goes with --busy and --speedrun; elsewhere --images limits a pass")
     return args, ["--dataset", "mnist", "--levels", "2", "--latent_size", "20", "--no-progress_bar", *rest]
 
 

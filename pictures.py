@@ -23,7 +23,7 @@ from data import Data
 from figures import save_grid, save_picture
 from model import AE
 from randomness import stream
-from runs import differing_arguments, is_unfinished
+from runs import differing_arguments, in_use, is_unfinished
 from utils import active_dimensions, image_grid, interleave, mean_and_covariance, visualize_manifold
 
 
@@ -273,7 +273,7 @@ def slerp(start, end, weights):
     if cosine.abs() > 1 - 1e-6:
         return torch.lerp(start, end, weights)
     angle = cosine.acos()
-    first, last = (torch.nn.functional.normalize(end, dim=0) for end in (start, end))
+    first, last = torch.nn.functional.normalize(torch.stack([start, end]), dim=1)
     arc = (torch.sin((1 - weights) * angle) * first + torch.sin(weights * angle) * last) / torch.sin(angle)
     return torch.lerp(start.norm(), end.norm(), weights) * arc
 
@@ -460,20 +460,13 @@ def draw_images(subject, split):
 # ------------------------------------------------------------------------------------------------------------
 # --compare, --explore
 
-OF_KL = ("target_beta_val", "beta_mode")  # arguments that change nothing in an autoencoder
-
-
 def compare(subjects, args):
     """A picture of several models: samples, and reconstructions of the same test images; with figures."""
     runs = [subject.trained["log_dir"] for subject in subjects]
-    trained = [subject.trained for subject in subjects]
-    of_vaes = differing_arguments([args for args in trained if args["loss_mode"] == "vae"])
-    trained = [{**args, **dict.fromkeys(OF_KL if args["loss_mode"] == "ae" else (), "–")} for args in trained]
-    differing = [name for name in differing_arguments(trained) if name not in OF_KL or name in of_vaes]
+    differing = differing_arguments([subject.trained for subject in subjects])
     if any(subject.trained["levels"] != 2 for subject in subjects):
         differing = [name for name in differing if name != "binarize"]  # it is for two levels
-    differences = [{name: args.get(name) for name in differing} for args in trained]
-    columns = [comparison(subject, own) for subject, own in zip(subjects, differences)]
+    columns = [comparison(subject, differing) for subject in subjects]
     known = [name for name in columns[0][3] if any(column[3][name] != "–" for column in columns)]
     columns = [(*column[:3], {name: column[3][name] for name in known}) for column in columns]
     names = "_and_".join(re.sub(r"[^\w.-]+", "_", run) for run in runs)
@@ -484,7 +477,8 @@ def compare(subjects, args):
     measured = [evaluated(subject) for subject in subjects]
     warnings = comparison_warnings(differing, measured, "test squared error" in known)
     figures.compare(path, "; ".join([caption, *warnings]), columns)
-    rows = [("", runs), *((f"--{name}", [own[name] for own in differences]) for name in differing),
+    rows = [("", runs), *((f"--{name}", [in_use(subject.trained, name) for subject in subjects])
+                          for name in differing),
             *((name, [column[3][name] for column in columns]) for name in known)]
     for figure, values in rows:
         print(f"{figure:20s}", *(f"{value!s:>{max(12, len(run))}}" for run, value in zip(runs, values)))
@@ -526,8 +520,8 @@ def comparison_warnings(differing, measured, has_error):
     return warnings
 
 
-def comparison(subject, differences):
-    """A column for figures.compare. `differences`: arguments by name, which the column shows"""
+def comparison(subject, differing):
+    """A column for figures.compare. `differing`: the arguments to name"""
     model, trained, pairs, error, active = subject.model, subject.trained, None, None, None
     last = (subject.checkpoint["history"] or [{}])[-1]
     _, mean, _ = subject.sample(36, "samples")
@@ -550,7 +544,7 @@ def comparison(subject, differences):
     nll = f"{measured['iw_nll']:.2f} ({measured['iw_samples']:,})" \
         if {"iw_nll", "iw_samples"} <= measured.keys() else "–"
     return ([f"{trained['log_dir']}, epoch {subject.checkpoint['epoch']}{unfinished}",
-             *(f"{name} {value}" for name, value in differences.items())],
+             *(f"{name} {in_use(trained, name)}" for name in differing)],
             image_grid(mean, 6), pairs,
             {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",
              "val loss": decimals(last.get("val_loss")),

@@ -33,7 +33,9 @@ class Found:
         self.ranges[top] = min(low, before[0]), max(high, before[1])
 
     def lines(self, value_range, trained=False):
-        """What is said of these images. trained: the model is, so the arguments of train.py cannot change"""
+        """What is said of these images. trained: whether they are for a trained model, where no option of
+        train.py can help
+        """
         keep = "" if trained else " (--image_size HEIGHT WIDTH in their ratio keeps all)"
         lines = [f"{count:,} images {LINES[kind]}" + keep * (kind == "cropped")
                  for kind, count in self.kinds.items() if count]

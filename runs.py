@@ -44,10 +44,18 @@ NO_EFFECT = {"command", "log_dir", "results_dir", "checkpoint_dir", "data_dir", 
              "progress_bar", "save_every", "seeds"}
 
 
+OF_KL = ("target_beta_val", "beta_mode")  # arguments that change nothing in an autoencoder
+
+
+def in_use(args, name):
+    """The value of an argument of a run as text; "–" if it changes nothing there"""
+    return "–" if args.get("loss_mode") == "ae" and name in OF_KL else str(args.get(name))
+
+
 def differing_arguments(runs):
     """The names of the arguments in which runs differ, without NO_EFFECT. runs: dictionaries of arguments"""
     names = sorted({name for args in runs for name in args} - NO_EFFECT)
-    return [name for name in names if len({str(args.get(name)) for args in runs}) > 1]
+    return [name for name in names if len({in_use(args, name) for args in runs} - {"–"}) > 1]
 
 
 def holds_run(folder):
